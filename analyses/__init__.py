@@ -1,0 +1,1 @@
+"""The studies: experiments, and what is computed and drawn from their runs."""

@@ -1,0 +1,182 @@
+"""The training loop: one loop that drives every mode and knows none of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from kcomplex.analyses.data import Dataset, Split
+from kcomplex.analyses.experiment import Experiment
+from kcomplex.analyses.networks import network
+from kcomplex.errors import RunError
+from kcomplex.files import replacing
+from kcomplex.training.mode import Mode, mode
+
+# Images evaluated at once: bounds the memory that activations take.
+_EVALUATION_BATCH = 1000
+
+
+class Training:
+    """A network in training, with everything that its future depends on.
+
+    Parameters
+    ----------
+    experiment
+        What to train and how.
+    data
+        The experiment's data set.
+
+    Notes
+    -----
+    Initialisation and modes draw from PyTorch's global generator, which this class seeds and, on resuming, sets: call
+    it inside ``torch.random.fork_rng`` to leave no trace.
+    """
+
+    def __init__(self, experiment: Experiment, data: Dataset) -> None:
+        torch.manual_seed(experiment.seed)
+        device = torch.device(experiment.device)
+        self.experiment = experiment
+        self.data = data.to(device)
+        self.model = network(experiment.network).build(data.input_shape, data.classes).to(device)
+        self.mode = _with_samples(mode(experiment.mode), len(data.train))
+        self.mode.prepare(self.model)
+        self.optimizer = _optimizer(experiment, self.mode)
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._lr_factor)
+        self.shuffling = torch.Generator().manual_seed(experiment.seed)
+        self.epoch = 0
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimiser steps in one pass over the training images."""
+        return math.ceil(len(self.data.train) / self.experiment.batch_size)
+
+    @property
+    def step(self) -> int:
+        """Optimiser steps so far."""
+        return self.epoch * self.steps_per_epoch
+
+    @property
+    def finished(self) -> bool:
+        """Whether the last epoch is over."""
+        return self.epoch == self.experiment.epochs + self.experiment.fine_tune_epochs
+
+    def run_epoch(self) -> dict[str, float]:
+        """Train for one epoch and return its metrics: accuracies in [0, 1], losses in nats, the mode's own numbers."""
+        train_loss = self._pass()
+        self.mode.after_epoch()
+        self.epoch += 1
+        if self.epoch == self.experiment.epochs:
+            self.mode.begin_fine_tuning(lambda: self.evaluate(self.data.validation)[0])
+        validation_loss, validation_accuracy = self.evaluate(self.data.validation)
+        return {
+            # Prefixed: a mode may report bits or weights, which are columns of the run store.
+            **{f"mode_{name}": value for name, value in self.mode.report().items()},
+            "accuracy": self.evaluate(self.data.test)[1],
+            "validation_accuracy": validation_accuracy,
+            "train_loss_nats": train_loss,
+            "validation_loss_nats": validation_loss,
+        }
+
+    @torch.no_grad()
+    def evaluate(self, split: Split) -> tuple[float, float]:
+        """Return mean loss in nats and accuracy in [0, 1]."""
+        was_training = self.model.training
+        self.model.eval()
+        loss = correct = 0.0
+        for inputs, labels in zip(
+            torch.split(split.inputs, _EVALUATION_BATCH), torch.split(split.labels, _EVALUATION_BATCH), strict=True
+        ):
+            logits = self.model(inputs)
+            loss += float(cross_entropy(logits, labels, reduction="sum"))
+            correct += float((logits.argmax(1) == labels).sum())
+        self.model.train(was_training)
+        return loss / len(split), correct / len(split)
+
+    def converted(self) -> nn.Module:
+        """Return a plain network with exactly the compressed weights."""
+        return self.mode.convert(self.model)
+
+    def save(self, path: Path) -> None:
+        """Write everything that `load` needs to continue from here."""
+        with replacing(path) as temporary:
+            torch.save(self._state(), temporary)
+
+    def load(self, path: Path) -> None:
+        """Continue from what `save` wrote.
+
+        Raises
+        ------
+        RunError
+            The file is broken, or was written by another experiment.
+        """
+        try:
+            state = torch.load(path, map_location=self.experiment.device, weights_only=True)
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.scheduler.load_state_dict(state["scheduler"])
+            self.mode.load_state_dict(state["mode"])
+            self.shuffling.set_state(state["shuffling"].cpu())
+            torch.set_rng_state(state["global_generator"].cpu())
+            self.epoch = state["epoch"]
+        except (OSError, RuntimeError, EOFError, KeyError, ValueError, TypeError, pickle.UnpicklingError) as error:
+            raise RunError(f"{path}: the checkpoint can't be continued ({error}): remove the run's folder") from error
+
+    def _pass(self) -> float:
+        self.model.train()
+        train = self.data.train
+        order = torch.randperm(len(train), generator=self.shuffling).to(train.labels.device)
+        total = torch.zeros((), dtype=torch.float64, device=train.labels.device)
+        for batch in torch.split(order, self.experiment.batch_size):
+            loss = cross_entropy(self.model(train.inputs[batch]), train.labels[batch])
+            self.optimizer.zero_grad(set_to_none=True)
+            (loss + self.mode.penalty()).backward()  # type: ignore[no-untyped-call]
+            self.optimizer.step()
+            self.mode.after_step()
+            self.scheduler.step()
+            total += loss.detach().double() * len(batch)
+        mean = float(total) / len(train)
+        if not math.isfinite(mean):
+            raise RunError(f"{self.experiment.name}: the training loss is {mean} in epoch {self.epoch + 1}: lower lr")
+        return mean
+
+    def _lr_factor(self, step: int) -> float:
+        if self.experiment.schedule == "constant":
+            return 1.0
+        regularised = self.experiment.epochs * self.steps_per_epoch
+        fine_tuning = self.experiment.fine_tune_epochs * self.steps_per_epoch
+        if step < regularised or not fine_tuning:
+            return 0.5 * (1 + math.cos(math.pi * step / regularised))
+        return 0.5 * (1 + math.cos(math.pi * (step - regularised) / fine_tuning))
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            # A schedule's function isn't state; LambdaLR leaves it out.
+            "scheduler": self.scheduler.state_dict(),
+            "mode": self.mode.state_dict(),
+            "shuffling": self.shuffling.get_state(),
+            "global_generator": torch.get_rng_state(),
+            "epoch": self.epoch,
+        }
+
+
+def _with_samples(configured: Mode, samples: int) -> Mode:
+    """Return the mode with the number of training samples where it asks for one (to price parameters in bits)."""
+    if any(field.name == "samples" for field in dataclasses.fields(configured)) and configured.samples is None:  # type: ignore[attr-defined]
+        return dataclasses.replace(configured, samples=samples)  # type: ignore[call-arg]
+    return configured
+
+
+def _optimizer(experiment: Experiment, prepared: Mode) -> torch.optim.Optimizer:
+    groups = prepared.parameter_groups(lr=experiment.lr, weight_decay=experiment.weight_decay)
+    if experiment.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=experiment.lr, momentum=0.9)
+    return torch.optim.AdamW(groups, lr=experiment.lr)

@@ -1,0 +1,1 @@
+"""The built-in estimators: coders, transforms, quantisers and proxies, one family a file."""

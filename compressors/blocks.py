@@ -1,0 +1,23 @@
+"""The values of a tensor piece by piece, so that proxies need memory for one piece."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kcomplex.weights import TensorHandle, values_of
+
+BLOCK = 1 << 20
+
+
+def value_blocks(handle: TensorHandle) -> Iterator[NDArray[np.floating[Any]]]:
+    """Yield a tensor's values in C order, `BLOCK` elements at a time, as `kcomplex.weights.values_of` gives them.
+
+    A block has shape (elements,), or (elements, 2) for real and imaginary parts of a complex tensor.
+    """
+    flat = handle.read().detach().reshape(-1)
+    for start in range(0, flat.numel(), BLOCK):
+        yield values_of(flat[start : start + BLOCK])

@@ -1,0 +1,206 @@
+"""Mosaic: blocks of weights as indices into one codebook of motifs for the whole network (MoMos, arXiv:2602.14896)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from kcomplex.compressors.codebook import (
+    bits_of,
+    narrow,
+    narrow_word_dtype,
+    pack_codebook,
+    sorted_rows,
+    unpack_codebook,
+    widen,
+)
+from kcomplex.compressors.repeated_blocks import find_blocks, repeated_blocks
+from kcomplex.errors import SpecError, StreamError, WeightsError
+from kcomplex.estimator import Layout, Quantised, Quantiser, Shape
+from kcomplex.motifs import blocks_of, draw_motifs, motif_count, update_motifs
+from kcomplex.nearest import Rows, distinct, nearest
+from kcomplex.structure import Reader
+from kcomplex.weights import TensorHandle
+
+_SINGLE, _DOUBLE = np.dtype(np.float32), np.dtype(np.float64)
+_LLOYD_STEPS = 8
+# Every tensor is padded to whole blocks.
+_LARGEST_BLOCK = 1 << 16
+
+
+@dataclass(frozen=True)
+class Mosaic(Quantiser):
+    """Codes every block of s weights as the index of a motif in a codebook that all tensors share.
+
+    Without `k` and `capacity` the codebook holds the blocks themselves, compared bit for bit, and nothing is lost: a
+    network that MoMos trained costs about k s q + m H bits, the motifs and the entropy of the indices. Tensors that
+    hardly repeat a block are left as words, in the narrowest float dtype that holds them. float32 and shorter dtypes
+    share a codebook, float64 has its own.
+
+    With `k` or `capacity` the codebook is fitted to all blocks and every block becomes its nearest motif.
+
+    Parameters
+    ----------
+    s
+        Weights a block, 1 to 65,536. A tensor is cut in C order; its last block may be shorter.
+    k
+        Number of motifs, the zero motif included, which is free.
+    capacity
+        Number of motifs as a share of the number of blocks; see `kcomplex.motifs.motif_count`.
+    seed
+        Of the blocks that the fit starts from.
+
+    Raises
+    ------
+    SpecError
+        A value is out of range, or both k and capacity are given.
+
+    Notes
+    -----
+    The fit draws distinct blocks and takes eight steps of Lloyd's algorithm, in each of which unused motifs move to
+    the blocks that fit worst. Motifs are float32.
+    """
+
+    s: int = 4
+    k: int | None = None
+    capacity: float | None = None
+    seed: int = 0
+    name: ClassVar[str] = "mosaic"
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.s <= _LARGEST_BLOCK:
+            raise SpecError(f"mosaic: s must be 1 to {_LARGEST_BLOCK}, not {self.s}")
+        if self.k is not None and self.capacity is not None:
+            raise SpecError("mosaic: k and capacity exclude each other: give one of them, or none to lose nothing")
+        if self.k is not None and self.k < 2:
+            raise SpecError(f"mosaic: k counts the zero motif and must be at least 2, not {self.k}")
+        if self.capacity is not None and not 0 < self.capacity <= 1:
+            raise SpecError(f"mosaic: capacity must be above 0 and at most 1, not {self.capacity}")
+        if self.seed < 0:
+            raise SpecError(f"mosaic: seed must not be negative, but is {self.seed}")
+
+    def fit(self, tensors: Iterable[TensorHandle]) -> bytes:
+        """Return the codebooks for float32 and for float64 values.
+
+        Raises
+        ------
+        WeightsError
+            Motifs are to be fitted, and a tensor holds NaN, infinity, or values beyond float32.
+        """
+        handles = list(tensors)
+        if self._lossy:
+            books: list[NDArray[np.floating[Any]]] = [self._fitted(handles), np.zeros((0, self.s))]
+        else:
+            books = [
+                repeated_blocks([handle for handle in handles if _values_dtype(handle) == dtype], self.s, dtype)
+                for dtype in (_SINGLE, _DOUBLE)
+            ]
+        return b"".join(pack_codebook(sorted_rows(book)) for book in books)
+
+    def quantise(self, values: NDArray[np.floating[Any]], shared: bytes) -> Quantised:
+        """Return indices, flat; or words and the code of their dtype, where a block isn't in the codebook.
+
+        Raises
+        ------
+        WeightsError
+            The values can't be assigned to motifs; see `kcomplex.motifs.blocks_of`.
+        """
+        table = self._table(values.dtype, shared)
+        index = _index_dtype(len(table))
+        if self._lossy:
+            blocks = blocks_of([values], self.s)
+            return Quantised(nearest(blocks.rows, table.astype(np.float64), blocks.real).astype(index))
+        rows = find_blocks(bits_of(values).reshape(-1), bits_of(table))
+        if rows is not None:
+            return Quantised(rows.astype(index))
+        code, words = narrow(values)
+        return Quantised(words, bytes([code]))
+
+    def layout(self, side: bytes, shape: Shape, dtype: np.dtype[Any], shared: bytes) -> Layout:
+        """Return shape and dtype of indices or words; see `Quantiser.layout`."""
+        if side:
+            return shape, narrow_word_dtype(self._literal(side), dtype)
+        return (-(-math.prod(shape) // self.s),), _index_dtype(len(self._table(dtype, shared)))
+
+    def reconstruct(
+        self, quantised: Quantised, shape: Shape, dtype: np.dtype[Any], shared: bytes
+    ) -> NDArray[np.floating[Any]]:
+        """Return the values of the motifs, or of the words; see `Quantiser.reconstruct`."""
+        expected, _ = self.layout(quantised.side, shape, dtype, shared)
+        if quantised.codes.shape != expected:
+            raise StreamError(
+                f"{quantised.codes.shape} codes can't give values of shape {shape}: {expected} are needed"
+            )
+        if quantised.side:
+            return widen(self._literal(quantised.side), quantised.codes, dtype)
+        table = self._table(dtype, shared)
+        if quantised.codes.size and int(quantised.codes.max()) >= len(table):
+            raise StreamError(f"the index {quantised.codes.max()} is beyond the {len(table)} motifs of the codebook")
+        return table[quantised.codes].reshape(-1)[: math.prod(shape)].reshape(shape).astype(dtype, copy=False)
+
+    @property
+    def _lossy(self) -> bool:
+        return self.k is not None or self.capacity is not None
+
+    def _literal(self, side: bytes) -> int:
+        if len(side) != 1 or self._lossy:
+            raise StreamError(f"a tensor of a mosaic has no {len(side)} bytes of side information")
+        return side[0]
+
+    def _table(self, dtype: np.dtype[Any], shared: bytes) -> NDArray[np.floating[Any]]:
+        """Return the motifs for values of a dtype, of shape (k, s), the zero motif first."""
+        single, double = _tables(shared, self.s)
+        return double if dtype == _DOUBLE and not self._lossy else single
+
+    def _fitted(self, handles: Sequence[TensorHandle]) -> NDArray[np.float32]:
+        """Return motifs fitted to the blocks of all tensors, without the zero motif."""
+        blocks = blocks_of([handle.values() for handle in handles], self.s, [handle.name for handle in handles])
+        total = len(blocks.rows)
+        if not total:
+            return np.zeros((0, self.s), _SINGLE)
+        largest = float(np.abs(blocks.rows).max())
+        if largest > float(np.finfo(_SINGLE).max):
+            raise WeightsError(
+                f"mosaic: motifs are float32 and can't hold weights as large as {largest:g}: exclude them"
+            )
+        count = self.k if self.capacity is None else motif_count(self.capacity, total)
+        assert count is not None
+        motifs = _single(draw_motifs(blocks, max(count, 2), np.random.default_rng(self.seed).permutation(total)))
+        for _ in range(_LLOYD_STEPS):
+            motifs = _single(update_motifs(blocks, motifs, nearest(blocks.rows, motifs, blocks.real)))
+        motifs = motifs[distinct(motifs)]
+        return motifs[motifs.any(axis=1)].astype(_SINGLE)
+
+
+@lru_cache(maxsize=2)
+def _tables(shared: bytes, size: int) -> tuple[NDArray[np.floating[Any]], NDArray[np.floating[Any]]]:
+    # Every tensor asks for them anew.
+    reader = Reader(shared)
+    tables = []
+    for dtype in (_SINGLE, _DOUBLE):
+        rows = unpack_codebook(reader, size, dtype)
+        table = np.concatenate([np.zeros((1, size), dtype), rows])
+        table.flags.writeable = False
+        tables.append(table)
+    if reader.left:
+        raise StreamError(f"{reader.left} bytes are left over after the codebooks")
+    return tables[0], tables[1]
+
+
+def _index_dtype(motifs: int) -> np.dtype[Any]:
+    return np.min_scalar_type(motifs - 1)
+
+
+def _values_dtype(handle: TensorHandle) -> np.dtype[Any]:
+    return _DOUBLE if handle.dtype is torch.float64 else _SINGLE
+
+
+def _single(motifs: Rows) -> Rows:
+    return motifs.astype(_SINGLE).astype(_DOUBLE)

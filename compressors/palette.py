@@ -1,0 +1,79 @@
+"""Palette: a tensor with few distinct values becomes a table and indices."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+
+from kcomplex.compressors.alphabet import alphabet, decode_alphabet, encode_alphabet, positions
+from kcomplex.errors import StreamError
+from kcomplex.estimator import Layout, Shape, Symbols, Transform
+
+_PASSED_THROUGH = b"\x00"
+_INDEXED = b"\x01"
+
+
+@dataclass(frozen=True)
+class Palette(Transform):
+    """Makes a quantised network that is stored as floats cost what it is worth, without loss.
+
+    The side information is the table of distinct words; the stream holds each word's position in it, in the smallest
+    unsigned dtype and the symbols' shape. Symbols for which table and indices wouldn't be shorter than the plain
+    words (K distinct ones of N symbols of w bits: ``K w + N ceil(log2 K) >= N w``) pass through unchanged, for one
+    byte.
+    """
+
+    name: ClassVar[str] = "palette"
+
+    def split(self, symbols: Symbols) -> tuple[bytes, list[Symbols]]:
+        """Return the table and the indices; or a flag and the symbols."""
+        found = alphabet(symbols, _largest_palette(symbols.size, 8 * symbols.dtype.itemsize))
+        if found is None or not symbols.size:
+            return _PASSED_THROUGH, [symbols]
+        words = found[0]
+        indices = positions(symbols, words, _index_dtype(words.size).type)
+        return _INDEXED + encode_alphabet(words), [indices.reshape(symbols.shape)]
+
+    def layout(self, side: bytes, shape: Shape, dtype: np.dtype[Any]) -> list[Layout]:
+        """Return shape and dtype of the indices, or of the symbols; see `Transform.layout`."""
+        words = _table(side, shape, dtype)
+        return [(shape, dtype if words is None else _index_dtype(words.size))]
+
+    def join(self, side: bytes, streams: list[Symbols], shape: Shape, dtype: np.dtype[Any]) -> Symbols:
+        """Return the symbols; see `Transform.join`."""
+        words = _table(side, shape, dtype)
+        if words is None:
+            return streams[0]
+        indices = streams[0]
+        if indices.max() >= words.size:
+            raise StreamError(f"palette: index {indices.max()} in a table of {words.size} words")
+        joined: Symbols = words[indices]
+        return joined
+
+
+def _table(side: bytes, shape: Shape, dtype: np.dtype[Any]) -> Symbols | None:
+    """Return the words of a table; None where the symbols passed through."""
+    if side == _PASSED_THROUGH:
+        return None
+    if not side.startswith(_INDEXED):
+        raise StreamError("palette: the side information is corrupted")
+    size = math.prod(shape)
+    return decode_alphabet(side[1:], dtype, _largest_palette(size, 8 * dtype.itemsize))
+
+
+def _largest_palette(size: int, width: int) -> int:
+    """Return the most distinct words with which table and indices are shorter than ``size`` words of ``width`` bits."""
+    largest = int(size > 1)
+    for bits in range(1, width):
+        # With indices of this many bits the table may have up to 2**bits words, if that still pays.
+        affordable = min(1 << bits, (size * (width - bits) - 1) // width)
+        if affordable > 1 << (bits - 1):
+            largest = affordable
+    return largest
+
+
+def _index_dtype(words: int) -> np.dtype[np.unsignedinteger[Any]]:
+    return np.min_scalar_type(max(words - 1, 0))

@@ -1,0 +1,164 @@
+"""``kcomplex describe``: the length of a checkpoint under one or more estimators."""
+
+from __future__ import annotations
+
+import json
+import sys
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from kcomplex.cli.output import OutputFormat, errors, output_format, printable, write_frame
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from kcomplex.description import Descriptions
+    from kcomplex.estimator import Estimator
+    from kcomplex.weights import TensorHandle, Weights
+
+
+def describe(
+    paths: Annotated[
+        list[str],
+        typer.Argument(metavar="PATH...", help="safetensors, Hugging Face folder, .pt/.pth/.ckpt/.bin, .npz or .npy"),
+    ],
+    estimator: Annotated[
+        list[str] | None,
+        typer.Option("--estimator", "-e", metavar="SPEC", help="'zstd:level=19', 'palette|entropy' ...; repeat it"),
+    ] = None,
+    include: Annotated[
+        list[str] | None, typer.Option(metavar="GLOB", help="only tensors that match; repeat it")
+    ] = None,
+    exclude: Annotated[list[str] | None, typer.Option(metavar="GLOB", help="no tensors that match; repeat it")] = None,
+    per_tensor: Annotated[bool, typer.Option("--per-tensor", help="one row an estimator and tensor")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="list tensors and what would be skipped, reading headers only")
+    ] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="decode every code and compare before its number is shown")
+    ] = False,
+    jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="threads; the numbers don't depend on it")] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="everything as JSON")] = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="the table as CSV (the default when piped)")] = False,
+) -> None:
+    """Measure weights with one or more estimators: bits per weight, total bytes, ratio to raw, by kind."""
+    from kcomplex.measure import DEFAULT_ESTIMATORS
+    from kcomplex.pipeline import build_estimator
+    from kcomplex.weights import open_weights
+
+    output = output_format(as_json, as_csv)
+    wanted = [build_estimator(spec) for spec in estimator or DEFAULT_ESTIMATORS]
+    documents = []
+    frames = []
+    with ExitStack() as stack:
+        opened = [stack.enter_context(open_weights(path, include or (), exclude or ())) for path in paths]
+        for path, weights in zip(paths, opened, strict=True):
+            if dry_run:
+                frames.append(_listing(weights))
+            else:
+                descriptions = _measure(weights, wanted, jobs, verify)
+                documents.append(_document(path, weights, descriptions))
+                frames.append(descriptions.to_frame(per_tensor=per_tensor))
+            if len(paths) > 1:
+                frames[-1].insert(0, "path", path)
+            if output is OutputFormat.TABLE:
+                write_frame(_shown(frames[-1], dry_run, per_tensor), output, title=_title(weights))
+            if not dry_run:
+                _tell_skipped(weights)
+    if output is OutputFormat.JSON and not dry_run:
+        sys.stdout.write(json.dumps(documents, indent=2) + "\n")
+    elif output is not OutputFormat.TABLE:
+        import pandas as pd
+
+        write_frame(pd.concat(frames, ignore_index=True), output)
+
+
+def _measure(weights: Weights, wanted: list[Estimator], jobs: int, verify: bool) -> Descriptions:
+    from rich.progress import Progress
+
+    from kcomplex.measure import describe as measure
+    from kcomplex.stream import verify as verify_code
+
+    with Progress(console=errors, transient=True, disable=not sys.stderr.isatty()) as bar:
+        task = bar.add_task("", total=max(weights.nbytes, 1) * len(wanted))
+
+        def advance(estimator: Estimator, handle: TensorHandle) -> None:
+            bar.update(task, advance=handle.nbytes, description=estimator.spec)
+
+        descriptions = measure(weights, wanted, jobs=jobs, progress=advance)
+        for description in descriptions:
+            if verify and description.kind == "code":
+                bar.update(task, description=f"verifying {description.estimator}")
+                verify_code(weights, description)
+    return descriptions
+
+
+def _document(path: str, weights: Weights, descriptions: Descriptions) -> dict[str, object]:
+    return {
+        "path": path,
+        "tensors": len(weights),
+        "weights": weights.elements,
+        "raw_bytes": weights.nbytes,
+        "descriptions": json.loads(descriptions.to_json()),
+    }
+
+
+def _listing(weights: Weights) -> pd.DataFrame:
+    import pandas as pd
+
+    from kcomplex.weights import dtype_name
+
+    rows = [
+        {
+            "tensor": " = ".join((handle.name, *handle.aliases)),
+            "shape": _shape(handle.shape),
+            "dtype": dtype_name(handle.dtype),
+            "bytes": handle.nbytes,
+            "skipped": "",
+        }
+        for handle in weights.values()
+    ]
+    rows += [
+        {"tensor": item.name, "shape": _shape(item.shape), "dtype": item.dtype, "bytes": 0, "skipped": item.reason}
+        for item in weights.skipped
+    ]
+    return pd.DataFrame(rows, columns=["tensor", "shape", "dtype", "bytes", "skipped"])
+
+
+def _shape(shape: tuple[int, ...] | None) -> str:
+    if shape is None:
+        return ""
+    return "x".join(map(str, shape)) or "scalar"
+
+
+def _shown(frame: pd.DataFrame, dry_run: bool, per_tensor: bool) -> pd.DataFrame:
+    """Return the columns that a terminal has room for; CSV and JSON have them all."""
+    if dry_run:
+        return frame
+    columns = (
+        ["estimator", "kind", "tensor", "shape", "dtype", "weights", "bits_per_weight", "value", "unit"]
+        if per_tensor
+        else ["estimator", "kind", "bits_per_weight", "bytes", "ratio", "seconds"]
+    )
+    if not per_tensor:
+        if (frame["unit"] != "bits").any():
+            columns[2:2] = ["value", "unit"]
+        if (frame["lossless"] == False).any():  # noqa: E712 (the column holds None for proxies)
+            columns.append("distortion")
+    return frame[[name for name in ("path", *columns) if name in frame]]
+
+
+def _title(weights: Weights) -> str:
+    return f"{weights.source}: {len(weights)} tensors, {weights.elements:,} weights, {weights.nbytes:,} bytes"
+
+
+def _tell_skipped(weights: Weights) -> None:
+    """Say on the standard error what was left out; the dry run lists every tensor."""
+    reasons: dict[str, list[str]] = {}
+    for item in weights.skipped:
+        reasons.setdefault(item.reason, []).append(item.name)
+    for reason, names in reasons.items():
+        some = ", ".join(names[:3]) + (f" and {len(names) - 3} more (--dry-run lists them)" if len(names) > 3 else "")
+        errors.print(printable(f"skipped: {some}: {reason}"), markup=False)

@@ -1,0 +1,416 @@
+"""What estimators are: codes with a decoder, code lengths without one, and the stages before them.
+
+An estimator is a frozen dataclass; its fields are its configuration and its ``name`` is what specifications call it.
+To add one, subclass the class that fits and register it under the entry-point group ``kcomplex.estimators``:
+
+- `Coder`: integers to bytes and back, lossless. Implement ``encode`` and ``decode``.
+- `CodeLength`: a length in bits of integers, without a stream (``ideal`` or ``proxy``). Implement ``length``.
+- `Transform`: lossless, turns integers into other integers that a coder does better on (byte planes, palette).
+- `Quantiser`: lossy, turns floats into integers and side information.
+- `Estimator`: anything else that measures whole weights.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar, TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from kcomplex.description import STRUCTURE, Description, Kind, TensorDescription, Unit
+from kcomplex.errors import SpecError
+from kcomplex.spec import full_spec_of, spec_of
+from kcomplex.structure import encode_structure, join_lengths, split_lengths
+from kcomplex.version import VERSION
+from kcomplex.weights import (
+    TensorHandle,
+    Weights,
+    dtype_name,
+    tensor_from_words,
+    word_dtype,
+    words_an_element,
+    words_of,
+)
+
+Symbols: TypeAlias = NDArray[np.integer[Any]]
+Part: TypeAlias = tuple[str, bytes]
+Shape: TypeAlias = tuple[int, ...]
+Layout: TypeAlias = tuple[Shape, np.dtype[np.integer[Any]]]
+Progress: TypeAlias = Callable[[TensorHandle], None]
+
+# A lossless coder sees long tensors in pieces of this many words: memory is bounded by the pieces in flight.
+CHUNK_WORDS = 1 << 24
+
+
+@dataclass(frozen=True)
+class EncodedTensor:
+    """One tensor's stream, and what its decoder gives back.
+
+    Attributes
+    ----------
+    parts
+        The stream in named parts, in order.
+    squared_error
+        Sum of squared differences between the tensor and what the decoder gives back.
+    exact
+        Whether the decoder gives back every bit.
+    """
+
+    parts: list[Part]
+    squared_error: float = 0.0
+    exact: bool = True
+
+    def to_bytes(self) -> bytes:
+        """Return the stream."""
+        return b"".join(data for _, data in self.parts)
+
+
+class Estimator(ABC):
+    """Turns weights into a description."""
+
+    name: ClassVar[str]
+
+    @property
+    @abstractmethod
+    def kind(self) -> Kind:
+        """``code``, ``ideal`` or ``proxy``."""
+
+    @property
+    def spec(self) -> str:
+        """Specification string that builds this estimator again."""
+        return spec_of(self)
+
+    @property
+    def full_spec(self) -> str:
+        """Specification string with every option, defaults included: what a stream names its decoder by."""
+        return full_spec_of(self)
+
+    @abstractmethod
+    def describe(self, weights: Weights, *, jobs: int = 1, progress: Progress | None = None) -> Description:
+        """Return the description of weights.
+
+        Parameters
+        ----------
+        weights
+            What to measure.
+        jobs
+            Threads to measure tensors with; the result doesn't depend on it.
+        progress
+            Called after each tensor.
+        """
+
+
+@dataclass(frozen=True)
+class TensorLength:
+    """One tensor's length in bits by part, and what its decoder (a thought one, for a length) gives back."""
+
+    parts: dict[str, float]
+    squared_error: float = 0.0
+    exact: bool = True
+
+
+class TensorwiseEstimator(Estimator):
+    """An estimator in bits that measures tensor by tensor: a code, or a code length."""
+
+    def prepare(self, weights: Weights) -> bytes:
+        """Return the side information that all tensors share (one codebook for the whole network); none by default."""
+        return b""
+
+    @abstractmethod
+    def tensor_length(self, handle: TensorHandle, shared: bytes) -> TensorLength:
+        """Return one tensor's length; ``shared`` is what `prepare` returned."""
+
+    def describe(self, weights: Weights, *, jobs: int = 1, progress: Progress | None = None) -> Description:
+        """Return the description; see `Estimator.describe`. Codes and ideal lengths pay for the structure."""
+        start = time.perf_counter()
+        shared = self.prepare(weights)
+        tensors = for_each_tensor(partial(self._describe_tensor, shared=shared), weights, jobs, progress)
+        parts: dict[str, float] = {}
+        if self.kind != "proxy":
+            lengths = [int(tensor.value) // 8 for tensor in tensors]
+            parts[STRUCTURE] = 8.0 * len(encode_structure(self.full_spec, weights, len(shared), lengths))
+        if shared:
+            parts["tables"] = 8.0 * len(shared)
+        return assemble(self, weights, tensors, parts, start)
+
+    def _describe_tensor(self, handle: TensorHandle, shared: bytes) -> TensorDescription:
+        length = self.tensor_length(handle, shared)
+        return TensorDescription(
+            handle.name,
+            handle.shape,
+            dtype_name(handle.dtype),
+            handle.elements,
+            8 * handle.nbytes,
+            math.fsum(length.parts.values()),
+            length.parts,
+            length.squared_error,
+            length.exact,
+        )
+
+
+class Code(TensorwiseEstimator):
+    """An estimator with a decoder. Its bits are eight times the bytes of the stream (see `kcomplex.stream`)."""
+
+    @property
+    def kind(self) -> Kind:
+        """``code``."""
+        return "code"
+
+    @abstractmethod
+    def encode_tensor(self, handle: TensorHandle, shared: bytes) -> EncodedTensor:
+        """Return one tensor's stream."""
+
+    @abstractmethod
+    def decode_tensor(self, data: bytes, dtype: torch.dtype, shape: Shape, shared: bytes) -> torch.Tensor:
+        """Return the tensor of a stream that `encode_tensor` made.
+
+        Raises
+        ------
+        StreamError
+            The stream is truncated or corrupted.
+        """
+
+    def tensor_length(self, handle: TensorHandle, shared: bytes) -> TensorLength:
+        """Return the length of the tensor's stream by part."""
+        encoded = self.encode_tensor(handle, shared)
+        parts = sum_parts((name, 8.0 * len(data)) for name, data in encoded.parts)
+        return TensorLength(parts, encoded.squared_error, encoded.exact)
+
+
+class Coder(Code):
+    """A lossless code for integers. Subclasses implement `encode` and `decode` and may itemise with `encode_parts`."""
+
+    @abstractmethod
+    def encode(self, symbols: Symbols) -> bytes:
+        """Return a stream that gives back integers of any NumPy integer dtype and any shape."""
+
+    @abstractmethod
+    def decode(self, data: bytes, shape: Shape, dtype: np.dtype[Any]) -> Symbols:
+        """Return the integers of a stream; shape and dtype are those of what was encoded.
+
+        Raises
+        ------
+        StreamError
+            The stream is truncated or corrupted.
+        """
+
+    def encode_parts(self, symbols: Symbols) -> list[Part]:
+        """Return the stream cut into named parts; joined, they are what `encode` returns."""
+        return [("payload", self.encode(symbols))]
+
+    def encode_tensor(self, handle: TensorHandle, shared: bytes) -> EncodedTensor:
+        """Return the stream of the tensor's words; long tensors are coded in chunks of `CHUNK_WORDS`."""
+        return EncodedTensor(self.encode_words(words_of(handle.read()), _word_shape(handle.dtype, handle.shape)))
+
+    def decode_tensor(self, data: bytes, dtype: torch.dtype, shape: Shape, shared: bytes) -> torch.Tensor:
+        """Return the tensor, bit for bit."""
+        words = self.decode_words(data, _word_shape(dtype, shape), word_dtype(dtype))
+        return tensor_from_words(words, dtype, shape)
+
+    def encode_words(self, words: Symbols, shape: Shape) -> list[Part]:
+        """Return the parts of flat integers, chunk by chunk; every chunk but the last is preceded by its length."""
+        if words.size <= CHUNK_WORDS:
+            return self.encode_parts(words.reshape(shape))
+        chunks = [self.encode_parts(words[start : start + CHUNK_WORDS]) for start in range(0, words.size, CHUNK_WORDS)]
+        lengths = join_lengths(sum(len(data) for _, data in chunk) for chunk in chunks[:-1])
+        return [(STRUCTURE, lengths), *(part for chunk in chunks for part in chunk)]
+
+    def decode_words(self, data: bytes, shape: Shape, dtype: np.dtype[Any]) -> Symbols:
+        """Return the integers of `encode_words` in the given shape."""
+        size = int(np.prod(shape, dtype=np.int64))
+        if size <= CHUNK_WORDS:
+            return self.decode(data, shape, dtype)
+        count = -(-size // CHUNK_WORDS)
+        pieces = split_lengths(data, count)
+        sizes = [min(CHUNK_WORDS, size - index * CHUNK_WORDS) for index in range(count)]
+        return np.concatenate(
+            [self.decode(piece, (length,), dtype) for piece, length in zip(pieces, sizes, strict=True)]
+        ).reshape(shape)
+
+
+class CodeLength(TensorwiseEstimator):
+    """A length in bits of integers for which no stream is written: ``ideal`` or ``proxy``."""
+
+    @abstractmethod
+    def length(self, symbols: Symbols) -> float:
+        """Return the length of integers in bits."""
+
+    def tensor_length(self, handle: TensorHandle, shared: bytes) -> TensorLength:
+        """Return the length of the tensor's words."""
+        symbols = words_of(handle.read()).reshape(_word_shape(handle.dtype, handle.shape))
+        return TensorLength({"payload": self.length(symbols)})
+
+
+class Transform(ABC):
+    """A lossless stage: integers to side information and streams of other integers, and back."""
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def split(self, symbols: Symbols) -> tuple[bytes, list[Symbols]]:
+        """Return side information and the streams that the next stage codes."""
+
+    @abstractmethod
+    def layout(self, side: bytes, shape: Shape, dtype: np.dtype[Any]) -> list[Layout]:
+        """Return shape and dtype of each stream that `split` gave for symbols of this shape and dtype.
+
+        Raises
+        ------
+        StreamError
+            The side information is corrupted.
+        """
+
+    @abstractmethod
+    def join(self, side: bytes, streams: list[Symbols], shape: Shape, dtype: np.dtype[Any]) -> Symbols:
+        """Return the symbols that `split` took apart.
+
+        Raises
+        ------
+        StreamError
+            Side information and streams don't belong together.
+        """
+
+
+@dataclass(frozen=True)
+class Quantised:
+    """What a quantiser makes of a tensor.
+
+    Attributes
+    ----------
+    codes
+        Integers for the coder, in any shape.
+    side
+        What the decoder needs besides (scales, flags), as bytes.
+    """
+
+    codes: Symbols
+    side: bytes = b""
+
+
+class Quantiser(ABC):
+    """A lossy stage: the values of a floating-point tensor to integers and side information.
+
+    Integer and boolean tensors never reach a quantiser: they are coded losslessly.
+    """
+
+    name: ClassVar[str]
+
+    def fit(self, tensors: Iterable[TensorHandle]) -> bytes:
+        """Return side information that all tensors share, learned from the tensors to be quantised; none by default."""
+        return b""
+
+    @abstractmethod
+    def quantise(self, values: NDArray[np.floating[Any]], shared: bytes) -> Quantised:
+        """Return integers and side information of finite float32 or float64 values.
+
+        Raises
+        ------
+        WeightsError
+            The values can't be quantised.
+        """
+
+    @abstractmethod
+    def layout(self, side: bytes, shape: Shape, dtype: np.dtype[Any], shared: bytes) -> Layout:
+        """Return shape and dtype of the codes that values of this shape and dtype were turned into.
+
+        Raises
+        ------
+        StreamError
+            The side information is corrupted.
+        """
+
+    @abstractmethod
+    def reconstruct(
+        self, quantised: Quantised, shape: Shape, dtype: np.dtype[Any], shared: bytes
+    ) -> NDArray[np.floating[Any]]:
+        """Return the values that the codes stand for, in the given shape and dtype.
+
+        Raises
+        ------
+        StreamError
+            Codes and side information don't belong together.
+        """
+
+
+def for_each_tensor(
+    measure: Callable[[TensorHandle], TensorDescription], weights: Weights, jobs: int, progress: Progress | None
+) -> list[TensorDescription]:
+    """Return `measure` of every tensor, in order, in parallel threads where ``jobs`` isn't 1."""
+    if jobs == 0:
+        raise SpecError("jobs is a number of threads (or -1 for one a core), not 0")
+    handles = list(weights.values())
+    measured = []
+    if jobs == 1 or len(handles) < 2:
+        results: Iterable[TensorDescription] = map(measure, handles)
+    else:
+        from joblib import Parallel, delayed
+
+        pool = Parallel(n_jobs=jobs, prefer="threads", return_as="generator")
+        results = pool(delayed(measure)(handle) for handle in handles)
+    for handle, tensor in zip(handles, results, strict=True):
+        measured.append(tensor)
+        if progress is not None:
+            progress(handle)
+    return measured
+
+
+def assemble(
+    estimator: Estimator,
+    weights: Weights,
+    tensors: list[TensorDescription],
+    parts: dict[str, float],
+    start: float,
+    unit: Unit = "bits",
+    value: float | None = None,
+) -> Description:
+    """Return the description of the whole from its tensors' and its own parts.
+
+    Parameters
+    ----------
+    parts
+        What belongs to no single tensor; the tensors' parts are added.
+    start
+        `time.perf_counter` at the beginning of the measurement.
+    value
+        For proxies that aren't a sum over tensors; None sums the parts.
+    """
+    total = sum_parts([*parts.items(), *(part for tensor in tensors for part in tensor.parts.items())])
+    if value is None:
+        value = math.fsum(total.values())
+    error = sum(tensor.squared_error for tensor in tensors)
+    proxy = estimator.kind == "proxy"
+    elements = weights.elements
+    return Description(
+        estimator=estimator.spec,
+        kind=estimator.kind,
+        unit=unit,
+        value=value,
+        parts=total,
+        tensors=tuple(tensors),
+        weights=elements,
+        raw_bits=8 * weights.nbytes,
+        lossless=None if proxy else all(tensor.exact for tensor in tensors),
+        distortion=None if proxy else error / max(elements, 1),
+        seconds=time.perf_counter() - start,
+        version=VERSION,
+        skipped=weights.skipped,
+    )
+
+
+def sum_parts(parts: Iterable[tuple[str, float]]) -> dict[str, float]:
+    """Return the sum of lengths for each part's name."""
+    total: dict[str, float] = {}
+    for name, bits in parts:
+        total[name] = total.get(name, 0.0) + bits
+    return total
+
+
+def _word_shape(dtype: torch.dtype, shape: Shape) -> Shape:
+    return shape if words_an_element(dtype) == 1 else (*shape, words_an_element(dtype))

@@ -1,0 +1,106 @@
+"""The weights of a live model: what the network computes with, whichever way it comes by it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from threading import RLock
+from typing import TypeAlias
+
+import torch
+from torch import nn
+from torch.nn.utils.parametrize import ParametrizationList
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
+
+from kcomplex.weights import Entry, SkippedTensor, Weights, collect, dtype_name
+
+
+def module_weights(module: nn.Module) -> Weights:
+    """Return the weights of a module; non-persistent buffers, which no checkpoint holds, are skipped.
+
+    Where a parametrisation, `torch.nn.utils.prune` or (in its older form) weight or spectral normalisation computes a
+    tensor, that tensor is read as it is in evaluation, under its plain name and in place of its latent originals. It is
+    trainable where one of them is.
+    """
+    entries: list[Entry] = []
+    skipped = []
+    for prefix, part in module.named_modules(remove_duplicate=False):
+        if "parametrizations" in prefix.split("."):
+            continue
+        dot = f"{prefix}." if prefix else ""
+        latent: set[str] = set()
+        for name, makers, originals, read in _computed(part):
+            latent |= originals.keys()
+            trainable = any(original.requires_grad for original in originals.values())
+            # Computed the same way from the same originals, it is the same tensor in every module that has it.
+            key = tuple(map(id, (*makers, *originals.values())))
+            entries.append(Entry(dot + name, read(), read, trainable, key))
+        for name, parameter in part._parameters.items():
+            if parameter is not None and name not in latent:
+                entries.append(Entry(dot + name, parameter, None, parameter.requires_grad))
+        for name, buffer in part._buffers.items():
+            if buffer is None or name in latent:
+                continue
+            if name in part._non_persistent_buffers_set:
+                skipped.append(
+                    SkippedTensor(dot + name, "non-persistent buffer", tuple(buffer.shape), dtype_name(buffer.dtype))
+                )
+            else:
+                entries.append(Entry(dot + name, buffer, None, False))
+    return collect(entries, type(module).__name__, skipped)
+
+
+_Computed: TypeAlias = tuple[str, tuple[object, ...], dict[str, torch.Tensor], Callable[[], torch.Tensor]]
+
+
+def _computed(part: nn.Module) -> Iterator[_Computed]:
+    """Yield name, makers, latent originals and reader of each tensor that a module computes at every forward pass."""
+    chains = getattr(part, "parametrizations", None)
+    if isinstance(chains, nn.ModuleDict):
+        for name, chain in chains.items():
+            assert isinstance(chain, ParametrizationList)
+            originals = {**dict(chain.named_parameters()), **dict(chain.named_buffers())}
+            yield name, tuple(chain), originals, partial(_parametrised, part, name, chain)
+    for hook in part._forward_pre_hooks.values():
+        # These hooks leave the tensor behind as a plain attribute, stale until the next forward pass.
+        if isinstance(hook, BasePruningMethod):
+            name, ends, compute = hook._tensor_name, "orig mask", hook.apply_mask
+        elif isinstance(hook, WeightNorm):
+            name, ends, compute = hook.name, "g v", hook.compute_weight
+        elif isinstance(hook, SpectralNorm):
+            name, ends, compute = hook.name, "orig u v", partial(hook.compute_weight, do_power_iteration=False)
+        else:
+            continue
+        latent = {f"{name}_{end}": getattr(part, f"{name}_{end}") for end in ends.split()}
+        yield name, (hook,), latent, partial(_detached, compute, part)
+
+
+def _detached(compute: Callable[[nn.Module], torch.Tensor], part: nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return compute(part).detach()
+
+
+# Layers may share a parametrisation, and threads may read several layers at once.
+_EVALUATION = RLock()
+
+
+def _parametrised(part: nn.Module, name: str, chain: ParametrizationList) -> torch.Tensor:
+    with _EVALUATION, torch.no_grad(), _evaluating(chain):
+        value: torch.Tensor = getattr(part, name).detach()
+    return value
+
+
+@contextmanager
+def _evaluating(chain: nn.Module) -> Iterator[None]:
+    """Hold parametrisations in evaluation: in training, some draw noise or update their state when they are read."""
+    modes = [(part, part.training) for part in chain.modules()]
+    for part, _ in modes:
+        part.training = False
+    try:
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training

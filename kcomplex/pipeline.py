@@ -1,0 +1,260 @@
+"""Stages in a row: ``palette|zstd``, ``uniform:bits=4|entropy``; quantisers first, one coder last."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, cast
+
+import numpy as np
+import torch
+
+from kcomplex.description import Kind
+from kcomplex.errors import SpecError, WeightsError
+from kcomplex.estimator import (
+    Code,
+    CodeLength,
+    Coder,
+    EncodedTensor,
+    Estimator,
+    Part,
+    Quantised,
+    Quantiser,
+    Shape,
+    Symbols,
+    TensorLength,
+    Transform,
+)
+from kcomplex.spec import build, full_spec_of, spec_of, split_stages
+from kcomplex.structure import Reader, join_lengths, split_lengths, varint
+from kcomplex.weights import TensorHandle, Weights, dtype_name, values_of, words_of
+
+
+def build_estimator(spec: str | Estimator) -> Estimator:
+    """Return the estimator of a specification string; an estimator is returned as it is.
+
+    Raises
+    ------
+    SpecError
+        The stages don't fit together, or an option is unknown or wrong.
+    UnknownNameError, PluginError
+        A stage isn't known, or can't be loaded.
+
+    Examples
+    --------
+    >>> build_estimator("palette|zstd:level=19").spec
+    'palette|zstd:level=19'
+    """
+    if isinstance(spec, Estimator):
+        return spec
+    if not isinstance(spec, str):
+        raise SpecError(f"an estimator is a specification string or an Estimator, not {type(spec).__name__}")
+    *before, last = [build("kcomplex.estimators", stage) for stage in split_stages(spec)]
+    for stage in (*before, last):
+        if not isinstance(stage, (Estimator, Transform, Quantiser)):
+            raise SpecError(f"{type(stage).__name__} (in {spec!r}) is no estimator, transform or quantiser")
+    if isinstance(last, (Transform, Quantiser)):
+        raise SpecError(f"{spec!r} needs a coder at its end: write for example '{spec}|entropy'")
+    if before and not isinstance(last, (Coder, CodeLength)):
+        raise SpecError(f"{last.name!r} measures whole weights and can't follow another stage (in {spec!r})")
+    result: Any = last
+    for stage in reversed(before):
+        if isinstance(stage, Transform) and isinstance(result, (Coder, CodeLength)):
+            result = TransformedCoder(stage, result) if isinstance(result, Coder) else TransformedLength(stage, result)
+        elif isinstance(stage, Quantiser) and isinstance(result, (Coder, CodeLength)):
+            result = QuantisedCode(stage, result) if isinstance(result, Coder) else QuantisedLength(stage, result)
+        elif isinstance(stage, Quantiser):
+            raise SpecError(f"{spec!r} has two quantisers: one is enough")
+        elif isinstance(stage, Transform):
+            raise SpecError(f"{stage.name!r} stands before a quantiser in {spec!r}: quantisers come first")
+        else:
+            raise SpecError(f"{stage.name!r} must stand last in {spec!r}")
+    assert isinstance(result, Estimator)
+    return result
+
+
+class _TwoStages(Estimator):
+    """A dataclass of two fields: a stage, and the estimator behind it."""
+
+    @property
+    def spec(self) -> str:
+        """Both specifications, joined by ``|``."""
+        stage, behind = self._stages()
+        return f"{spec_of(stage)}|{behind.spec}"
+
+    @property
+    def full_spec(self) -> str:
+        """Both specifications with every option, joined by ``|``."""
+        stage, behind = self._stages()
+        return f"{full_spec_of(stage)}|{behind.full_spec}"
+
+    def _stages(self) -> list[Any]:
+        return [getattr(self, field.name) for field in fields(cast(Any, self))]
+
+
+@dataclass(frozen=True)
+class TransformedCoder(_TwoStages, Coder):
+    """A coder behind a lossless transform; itself a coder."""
+
+    transform: Transform
+    coder: Coder
+    name: ClassVar[str] = "transformed"
+
+    def encode(self, symbols: Symbols) -> bytes:
+        """Return side information and the coded streams."""
+        return b"".join(data for _, data in self.encode_parts(symbols))
+
+    def encode_parts(self, symbols: Symbols) -> list[Part]:
+        """Return side information (tables), lengths (structure) and the coder's parts of every stream."""
+        side, streams = self.transform.split(symbols)
+        coded = [self.coder.encode_parts(stream) for stream in streams]
+        lengths = [sum(len(data) for _, data in parts) for parts in coded]
+        return [
+            ("structure", varint(len(side))),
+            ("tables", side),
+            ("structure", join_lengths(lengths[:-1])),
+            *(part for parts in coded for part in parts),
+        ]
+
+    def decode(self, data: bytes, shape: Shape, dtype: np.dtype[Any]) -> Symbols:
+        """Return the symbols; see `Coder.decode`."""
+        reader = Reader(data)
+        side = reader.take(reader.varint())
+        layouts = self.transform.layout(side, shape, dtype)
+        pieces = split_lengths(reader.rest(), len(layouts))
+        streams = [self.coder.decode(piece, *layout) for piece, layout in zip(pieces, layouts, strict=True)]
+        return self.transform.join(side, streams, shape, dtype)
+
+
+@dataclass(frozen=True)
+class TransformedLength(_TwoStages, CodeLength):
+    """A code length behind a lossless transform; the transform's side information is paid for as it is."""
+
+    transform: Transform
+    measure: CodeLength
+    name: ClassVar[str] = "transformed"
+
+    @property
+    def kind(self) -> Kind:
+        """The kind of the length."""
+        return self.measure.kind
+
+    def length(self, symbols: Symbols) -> float:
+        """Return the length of side information and streams, in bits."""
+        side, streams = self.transform.split(symbols)
+        return math.fsum([8.0 * len(side), *(self.measure.length(stream) for stream in streams)])
+
+
+@dataclass(frozen=True)
+class QuantisedCode(_TwoStages, Code):
+    """A coder behind a quantiser: a decodable code for the quantised weights.
+
+    Tensors that hold integers, booleans or complex numbers are coded losslessly by the coder alone.
+    """
+
+    quantiser: Quantiser
+    coder: Coder
+    name: ClassVar[str] = "quantised"
+
+    def prepare(self, weights: Weights) -> bytes:
+        """Return what the quantiser learns from all tensors that it will quantise."""
+        return self.quantiser.fit(_quantisable(weights))
+
+    def encode_tensor(self, handle: TensorHandle, shared: bytes) -> EncodedTensor:
+        """Return the stream of codes and side information, with the distortion.
+
+        Raises
+        ------
+        WeightsError
+            The tensor holds NaN or infinity.
+        """
+        if not is_quantisable(handle.dtype):
+            return self.coder.encode_tensor(handle, b"")
+        tensor = _QuantisedTensor(self.quantiser, handle, shared)
+        codes, side = tensor.quantised.codes, tensor.quantised.side
+        parts: list[Part] = [
+            ("structure", varint(len(side))),
+            ("tables", side),
+            *self.coder.encode_words(codes.reshape(-1), codes.shape),
+        ]
+        return EncodedTensor(parts, tensor.squared_error, tensor.exact)
+
+    def decode_tensor(self, data: bytes, dtype: torch.dtype, shape: Shape, shared: bytes) -> torch.Tensor:
+        """Return the quantised tensor, the same on every machine; see `Code.decode_tensor`."""
+        if not is_quantisable(dtype):
+            return self.coder.decode_tensor(data, dtype, shape, b"")
+        reader = Reader(data)
+        side = reader.take(reader.varint())
+        layout = self.quantiser.layout(side, shape, _values_dtype(dtype), shared)
+        codes = self.coder.decode_words(reader.rest(), *layout)
+        return reconstruct(self.quantiser, Quantised(codes, side), dtype, shape, shared)
+
+
+@dataclass(frozen=True)
+class QuantisedLength(_TwoStages, CodeLength):
+    """A code length behind a quantiser; the quantiser's side information is paid for as it is."""
+
+    quantiser: Quantiser
+    measure: CodeLength
+    name: ClassVar[str] = "quantised"
+
+    @property
+    def kind(self) -> Kind:
+        """The kind of the length."""
+        return self.measure.kind
+
+    def prepare(self, weights: Weights) -> bytes:
+        """Return what the quantiser learns from all tensors that it will quantise."""
+        return self.quantiser.fit(_quantisable(weights))
+
+    def length(self, symbols: Symbols) -> float:
+        """Return the length of integers, which aren't quantised."""
+        return self.measure.length(symbols)
+
+    def tensor_length(self, handle: TensorHandle, shared: bytes) -> TensorLength:
+        """Return the length of codes and side information, with the distortion."""
+        if not is_quantisable(handle.dtype):
+            return self.measure.tensor_length(handle, b"")
+        codes = _QuantisedTensor(self.quantiser, handle, shared)
+        side = 8.0 * len(varint(len(codes.quantised.side)) + codes.quantised.side)
+        payload = self.measure.length(codes.quantised.codes)
+        return TensorLength({"tables": side, "payload": payload}, codes.squared_error, codes.exact)
+
+
+def is_quantisable(dtype: torch.dtype) -> bool:
+    """Return whether quantisers work on a dtype: every real float but float8_e8m0fnu, which has no zero."""
+    return dtype.is_floating_point and dtype is not torch.float8_e8m0fnu
+
+
+class _QuantisedTensor:
+    """A tensor's codes, and how far what they stand for is from the tensor."""
+
+    def __init__(self, quantiser: Quantiser, handle: TensorHandle, shared: bytes) -> None:
+        tensor = handle.read()
+        values = values_of(tensor)
+        if not np.isfinite(values).all():
+            raise WeightsError(
+                f"the tensor {handle.name!r} ({dtype_name(handle.dtype)}, {handle.shape}) holds NaN or infinity and "
+                f"can't be quantised by {quantiser.name!r}: exclude it, or use a lossless estimator"
+            )
+        self.quantised = quantiser.quantise(values, shared)
+        decoded = reconstruct(quantiser, self.quantised, handle.dtype, handle.shape, shared)
+        difference = values.astype(np.float64) - values_of(decoded).astype(np.float64)
+        self.squared_error = float(np.square(difference).sum())
+        self.exact = bool(np.array_equal(words_of(tensor), words_of(decoded)))
+
+
+def reconstruct(
+    quantiser: Quantiser, quantised: Quantised, dtype: torch.dtype, shape: Shape, shared: bytes
+) -> torch.Tensor:
+    """Return the tensor that codes stand for, rounded to its dtype."""
+    values = quantiser.reconstruct(quantised, shape, _values_dtype(dtype), shared)
+    return torch.from_numpy(np.ascontiguousarray(values)).to(dtype).reshape(shape)
+
+
+def _values_dtype(dtype: torch.dtype) -> np.dtype[Any]:
+    return np.dtype(np.float64 if dtype is torch.float64 else np.float32)
+
+
+def _quantisable(weights: Weights) -> list[TensorHandle]:
+    return [handle for handle in weights.values() if is_quantisable(handle.dtype)]

@@ -1,0 +1,103 @@
+"""A checkpoint as one stream of bytes, and back: the proof behind every number of kind ``code``."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from kcomplex.description import Description, TensorDescription
+from kcomplex.errors import StreamError, VerificationError, WeightsError
+from kcomplex.estimator import Code, Estimator
+from kcomplex.pipeline import build_estimator
+from kcomplex.structure import decode_structure, encode_structure
+from kcomplex.weights import Source, TensorHandle, open_weights, values_of, words_of
+
+
+def encode_checkpoint(source: Source, estimator: str | Estimator) -> bytes:
+    """Return the whole stream of weights under a code; eight times its length is what `describe` reports.
+
+    Raises
+    ------
+    WeightsError
+        The estimator has no decoder (its kind isn't ``code``).
+    """
+    code = build_estimator(estimator)
+    if not isinstance(code, Code):
+        raise WeightsError(f"{code.spec!r} is of kind {code.kind}: it has no stream that could be decoded")
+    weights = open_weights(source)
+    shared = code.prepare(weights)
+    streams = [code.encode_tensor(handle, shared).to_bytes() for handle in weights.values()]
+    structure = encode_structure(code.full_spec, weights, len(shared), [len(stream) for stream in streams])
+    return b"".join([structure, shared, *streams])
+
+
+def decode_checkpoint(data: bytes) -> dict[str, torch.Tensor]:
+    """Return the tensors of a stream by name; tensors with several names appear under each, sharing storage.
+
+    Raises
+    ------
+    StreamError
+        The stream is truncated or corrupted.
+    UnknownNameError, PluginError
+        The estimator that wrote it isn't installed.
+    """
+    structure = decode_structure(data)
+    code = build_estimator(structure.spec)
+    if not isinstance(code, Code):
+        raise StreamError(f"the stream names {structure.spec!r}, which has no decoder")
+    position = structure.size + structure.shared
+    expected = position + sum(entry.length for entry in structure.tensors)
+    if len(data) != expected:
+        raise StreamError(f"the stream has {len(data)} bytes where its structure announces {expected}")
+    shared = data[structure.size : position]
+    tensors = {}
+    for entry in structure.tensors:
+        piece = data[position : position + entry.length]
+        position += entry.length
+        try:
+            tensor = code.decode_tensor(piece, entry.dtype, entry.shape, shared)
+        except (StreamError, MemoryError) as error:
+            problem = str(error) or "it claims more memory than there is"
+            raise StreamError(f"the tensor {entry.names[0]!r} can't be decoded: {problem}") from error
+        tensors.update(dict.fromkeys(entry.names, tensor))
+    return tensors
+
+
+def verify(source: Source, description: Description) -> None:
+    """Prove a description of kind ``code``: encode, decode, and compare all that it says with what comes back.
+
+    The stream must have the described bits; names, aliases, dtypes and shapes must come back; tensors that the code
+    keeps exactly, bit for bit; of a quantised tensor, the squared error must be the described one.
+
+    Raises
+    ------
+    VerificationError
+        What comes back isn't what was described, or can't be decoded.
+    WeightsError
+        The estimator has no decoder.
+    """
+    weights = open_weights(source)
+    data = encode_checkpoint(weights, description.estimator)
+    try:
+        decoded = decode_checkpoint(data)
+    except StreamError as error:
+        raise VerificationError(f"{description.estimator}: its own stream can't be decoded: {error}") from error
+    if 8 * len(data) != description.bits:
+        raise VerificationError(
+            f"{description.estimator}: {8 * len(data)} bits where {description.bits} were described"
+        )
+    names = {name for handle in weights.values() for name in (handle.name, *handle.aliases)}
+    if decoded.keys() != names:
+        raise VerificationError(f"{description.estimator}: other tensors come back than were encoded")
+    for tensor in description.tensors:
+        if not _same(weights[tensor.name], decoded[tensor.name], tensor):
+            raise VerificationError(f"{description.estimator}: decoding changed the tensor {tensor.name!r}")
+
+
+def _same(handle: TensorHandle, decoded: torch.Tensor, described: TensorDescription) -> bool:
+    if (decoded.dtype, tuple(decoded.shape)) != (handle.dtype, handle.shape):
+        return False
+    if described.exact:
+        return words_of(decoded).tobytes() == handle.words().tobytes()
+    difference = handle.values().astype(np.float64) - values_of(decoded).astype(np.float64)
+    return float(np.square(difference).sum()) == described.squared_error

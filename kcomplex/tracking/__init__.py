@@ -1,0 +1,1 @@
+"""Tracking: snapshots of a training run, measured beside it, in a store that survives being killed."""

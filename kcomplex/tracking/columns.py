@@ -1,0 +1,56 @@
+"""The columns of a run's frame, and which names they leave for metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from kcomplex.errors import RunError
+
+SNAPSHOT_COLUMNS = ("run", "step", "epoch", "wall_time")
+DESCRIPTION_COLUMNS = (
+    "estimator",
+    "kind",
+    "unit",
+    "value",
+    "bits",
+    "bits_per_weight",
+    "bytes",
+    "ratio",
+    "weights",
+    "raw_bits",
+    "lossless",
+    "distortion",
+    "seconds",
+    "version",
+)
+# Of the snapshots' own tables.
+STATE_COLUMNS = ("id", "snapshot", "description", "state", "skipped")
+_TAKEN = frozenset((*SNAPSHOT_COLUMNS, *DESCRIPTION_COLUMNS, *STATE_COLUMNS))
+
+
+def checked_metrics(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Return metrics as floats; infinity and NaN are values too, because a training that diverges has them.
+
+    Raises
+    ------
+    RunError
+        A name is empty or taken by a column of the frame, or a value isn't one number.
+    """
+    checked = {}
+    for name, value in metrics.items():
+        if not isinstance(name, str) or not name:
+            raise RunError(f"a metric needs a name, not {name!r}")
+        if name in _TAKEN:
+            raise RunError(f"a metric can't be called {name!r}, which is a column of the runs' frame already")
+        # Strings aren't numbers, even where float() would read them as such.
+        if isinstance(value, (str, bytes, bytearray)):
+            raise RunError(f"the metric {name!r} must be a number, not {value!r}")
+        try:
+            # A live loss is a number too; converting it while it requires a gradient makes torch warn.
+            checked[name] = float(value.detach() if isinstance(value, torch.Tensor) else value)
+        except (TypeError, ValueError, OverflowError, RuntimeError) as error:
+            raise RunError(f"the metric {name!r} must be a number, not {type(value).__name__}: {error}") from None
+    return checked

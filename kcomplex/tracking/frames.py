@@ -1,0 +1,198 @@
+"""Runs as pandas frames."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kcomplex.errors import RunError
+from kcomplex.tracking.columns import DESCRIPTION_COLUMNS, SNAPSHOT_COLUMNS, STATE_COLUMNS
+from kcomplex.tracking.database import DATABASE
+from kcomplex.tracking.store import RunStore
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+_SNAPSHOTS = "SELECT id, step, epoch, wall_time, state, skipped FROM snapshots WHERE NOT superseded ORDER BY id"
+_METRICS = (
+    "SELECT snapshot, name, value FROM metrics JOIN snapshots ON snapshots.id = metrics.snapshot WHERE NOT superseded"
+)
+_DESCRIPTIONS = (
+    "SELECT id AS description, snapshot, estimator, kind, unit, value, weights, raw_bits, lossless, distortion, "
+    "seconds, version FROM descriptions ORDER BY snapshot, id"
+)
+_TENSORS = (
+    "SELECT description, tensor, tensors.shape, tensors.dtype, tensors.weights, tensors.raw_bits, tensors.value, "
+    "tensors.parts FROM tensors JOIN descriptions ON descriptions.id = description "
+    "JOIN snapshots ON snapshots.id = descriptions.snapshot WHERE NOT superseded"
+)
+_HEADLINES = "SELECT id AS description, snapshot, estimator, kind, unit FROM descriptions"
+_HEADLINE_COLUMNS = ("step", "epoch", "estimator", "kind", "unit")
+_EVENTS = (
+    "SELECT events.time, events.kind, events.message, snapshots.step FROM events "
+    "LEFT JOIN snapshots ON snapshots.id = events.snapshot ORDER BY events.id"
+)
+_CONFIGURATION = "SELECT status, created, seed, version, estimators, settings, config FROM run"
+
+
+def find_runs(path: str | PathLike[str]) -> dict[str, Path]:
+    """Return the folders of the runs at or below a path by name: the path below it, or its own name.
+
+    Raises
+    ------
+    RunError
+        There is none.
+    """
+    root = Path(path)
+    found = sorted(file.parent for file in root.rglob(DATABASE) if RunStore.exists(file.parent))
+    if not found:
+        raise RunError(f"{root}: no run here or below; train with kcomplex.attach(model, optimizer, run={root / 'x'})")
+    return {root.resolve().name if run == root else run.relative_to(root).as_posix(): run for run in found}
+
+
+def load_runs(path: str | PathLike[str]) -> pd.DataFrame:
+    """Return one row a measured snapshot and estimator, and a column each metric.
+
+    Parameters
+    ----------
+    path
+        Folder of a run, or a folder that has runs at any depth. They may be being written.
+
+    Returns
+    -------
+    DataFrame
+        Columns ``run, step, epoch, wall_time`` (seconds since 1970), those of `Description.to_dict`, and the metrics.
+
+    Raises
+    ------
+    RunError
+        There is no run, or one isn't readable.
+    """
+    return _concatenated(path, _run_frame)
+
+
+def load_snapshots(path: str | PathLike[str]) -> pd.DataFrame:
+    """Return one row a snapshot, measured or not: run, step, epoch, wall time, state and metrics; see `load_runs`."""
+    return _concatenated(path, lambda store: _snapshot_frame(store).drop(columns=["id", "skipped"]))
+
+
+def load_tensors(path: str | PathLike[str]) -> pd.DataFrame:
+    """Return one row a measured snapshot, estimator and tensor, with the parts (``part_...``); see `load_runs`.
+
+    Tensors that were left out have a row too, with the reason in ``skipped`` and no value.
+    """
+    return _concatenated(path, _tensor_frame)
+
+
+def load_events(path: str | PathLike[str]) -> pd.DataFrame:
+    """Return one row an event: run, time, kind, message, and the step of its snapshot; see `load_runs`."""
+    return _concatenated(path, lambda store: _query(store, _EVENTS))
+
+
+def load_configurations(path: str | PathLike[str]) -> pd.DataFrame:
+    """Return one row a run: status, time of creation, torch seed, version, estimators, settings, configuration.
+
+    The status of a run that was killed stays ``running``. See `load_runs`.
+    """
+    return _concatenated(path, _configuration_frame)
+
+
+def _concatenated(path: str | PathLike[str], frame_of: Callable[[RunStore], pd.DataFrame]) -> pd.DataFrame:
+    import pandas as pd
+
+    frames = list(_frames(path, frame_of))
+    # A run without rows has no dtypes to contribute, only columns.
+    filled = [frame for frame in frames if not frame.empty]
+    return pd.concat(filled, ignore_index=True) if filled else frames[0]
+
+
+def _frames(path: str | PathLike[str], frame_of: Callable[[RunStore], pd.DataFrame]) -> Iterator[pd.DataFrame]:
+    for name, run in find_runs(path).items():
+        with RunStore(run, read_only=True) as store:
+            # One transaction: all queries see the same moment of a run that is being written.
+            store.connection.execute("BEGIN")
+            frame = frame_of(store)
+        frame.insert(0, "run", name)
+        yield frame
+
+
+def _query(store: RunStore, query: str) -> pd.DataFrame:
+    import pandas as pd
+
+    return pd.read_sql_query(query, store.connection)
+
+
+def _snapshot_frame(store: RunStore) -> pd.DataFrame:
+    snapshots = _query(store, _SNAPSHOTS).astype({"epoch": float})
+    metrics = _query(store, _METRICS).astype({"value": float})
+    wide = metrics.pivot(index="snapshot", columns="name", values="value")
+    return snapshots.join(wide, on="id")
+
+
+def _description_frame(store: RunStore) -> pd.DataFrame:
+    frame = _query(store, _DESCRIPTIONS).astype({"value": float, "distortion": float, "lossless": "boolean"})
+    frame["bits"] = frame["value"].where(frame["unit"] == "bits")
+    frame["bytes"] = frame["bits"] / 8
+    frame["bits_per_weight"] = frame["bits"] / frame["weights"].where(frame["weights"] > 0)
+    frame["ratio"] = frame["raw_bits"] / frame["bits"].where(frame["bits"] > 0)
+    return frame
+
+
+def _run_frame(store: RunStore) -> pd.DataFrame:
+    snapshots = _snapshot_frame(store)
+    metrics = [name for name in snapshots.columns if name not in (*SNAPSHOT_COLUMNS, *STATE_COLUMNS)]
+    frame = snapshots.merge(_description_frame(store), left_on="id", right_on="snapshot")
+    return frame[[*SNAPSHOT_COLUMNS[1:], *DESCRIPTION_COLUMNS, *metrics]]
+
+
+def _tensor_frame(store: RunStore) -> pd.DataFrame:
+    import pandas as pd
+
+    snapshots = _query(store, _SNAPSHOTS).astype({"epoch": float}).drop(columns=["wall_time", "state"])
+    headlines = _query(store, _HEADLINES).merge(snapshots, left_on="snapshot", right_on="id").set_index("description")
+    rows = []
+    for description, tensor, shape, dtype, weights, raw_bits, value, parts in store.connection.execute(_TENSORS):
+        in_bits = weights > 0 and headlines.at[description, "unit"] == "bits"
+        rows.append(
+            {
+                "description": description,
+                "tensor": tensor,
+                "shape": _shape(json.loads(shape)),
+                "dtype": dtype,
+                "weights": weights,
+                "raw_bits": raw_bits,
+                "value": math.nan if value is None else value,
+                "bits_per_weight": value / weights if in_bits and value is not None else math.nan,
+                "skipped": "",
+                **{f"part_{part}": bits for part, bits in json.loads(parts).items()},
+            }
+        )
+    for description, skipped in headlines["skipped"].items():
+        for name, reason, shape, dtype in json.loads(skipped):
+            left_out = {"description": description, "tensor": name, "shape": _shape(shape), "dtype": dtype}
+            rows.append({**left_out, "skipped": reason})
+    columns = ["description", "tensor", "shape", "dtype", "weights", "raw_bits", "value", "bits_per_weight", "skipped"]
+    frame = pd.DataFrame(rows, columns=None if rows else columns).sort_values(["description", "tensor"])
+    # Nullable integers, because a tensor that was left out has no numbers.
+    frame = frame.astype({"weights": "Int64", "raw_bits": "Int64"})
+    return frame.join(headlines[list(_HEADLINE_COLUMNS)], on="description")[
+        [*_HEADLINE_COLUMNS, *frame.columns.drop("description")]
+    ]
+
+
+def _shape(sides: list[int] | None) -> str:
+    if sides is None:
+        return ""
+    return "x".join(map(str, sides)) or "scalar"
+
+
+def _configuration_frame(store: RunStore) -> pd.DataFrame:
+    frame = _query(store, _CONFIGURATION)
+    frame["seed"] = frame["seed"].map(int)
+    for column in ("estimators", "settings", "config"):
+        frame[column] = frame[column].map(json.loads)
+    return frame

@@ -1,0 +1,90 @@
+"""The plan of a tracker: when it captures what, what that is measured with, and what is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, get_args
+
+from kcomplex.errors import SpecError
+from kcomplex.estimator import Estimator
+from kcomplex.pipeline import build_estimator
+from kcomplex.tracking.schedule import Schedule, parse_schedule
+from kcomplex.tracking.snapshot import Selection
+from kcomplex.tracking.store import Keep
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a tracker does, and when.
+
+    Parameters
+    ----------
+    every, steps_per_epoch
+        Schedule of the snapshots; see `parse_schedule`.
+    selection
+        Which tensors are captured.
+    keep
+        Which snapshots' files stay once they are measured: the first and the last (``ends``), ``all`` or ``none``.
+    max_pending_bytes
+        Raw size of the snapshots that may wait for being measured.
+    measure
+        Whether a process measures beside the training.
+
+    Raises
+    ------
+    SpecError
+        A value makes no sense.
+    """
+
+    every: str | int | tuple[int, ...] | None
+    steps_per_epoch: int | None
+    selection: Selection
+    keep: Keep
+    max_pending_bytes: int
+    measure: bool
+
+    def __post_init__(self) -> None:
+        if self.keep not in get_args(Keep):
+            raise SpecError(f"keep must be one of {', '.join(get_args(Keep))}, not {self.keep!r}")
+        if self.max_pending_bytes < 0:
+            raise SpecError(f"max_pending_bytes must be 0 or more, not {self.max_pending_bytes}")
+        self.schedule()
+
+    def schedule(self) -> Schedule:
+        """Return the schedule of the snapshots."""
+        return parse_schedule(self.every, self.steps_per_epoch)
+
+    def epoch(self, step: int) -> float | None:
+        """Return how many epochs a number of steps is; None where unknown."""
+        return step / self.steps_per_epoch if self.steps_per_epoch else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the plan in plain values, as the run store keeps it."""
+        return {
+            "every": self.every,
+            "steps_per_epoch": self.steps_per_epoch,
+            "include": self.selection.include,
+            "exclude": self.selection.exclude,
+            "trainable": self.selection.trainable,
+            "keep": self.keep,
+            "max_pending_bytes": self.max_pending_bytes,
+        }
+
+
+def estimator_specs(estimators: str | Estimator | Iterable[str | Estimator]) -> tuple[str, ...]:
+    """Return the canonical specifications of estimators, each one once.
+
+    Raises
+    ------
+    SpecError, UnknownNameError, PluginError
+        An estimator can't be built, or there is none.
+    """
+    wanted = [estimators] if isinstance(estimators, str | Estimator) else estimators
+    specs = tuple(dict.fromkeys(build_estimator(item).spec for item in wanted))
+    # Only the specification reaches the measuring process: an estimator that isn't registered must fail here.
+    for spec in specs:
+        build_estimator(spec)
+    if not specs:
+        raise SpecError("a run needs at least one estimator, such as 'zstd'")
+    return specs

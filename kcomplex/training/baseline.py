@@ -1,0 +1,21 @@
+"""Baseline: the plain network, to compare with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import nn
+
+from kcomplex.training.mode import Mode
+
+
+@dataclass(frozen=True)
+class Baseline(Mode):
+    """Trains the network as it is."""
+
+    name: ClassVar[str] = "baseline"
+
+    def prepare(self, model: nn.Module) -> None:
+        """Attach to a model, which isn't changed."""
+        self.attach_to(model)

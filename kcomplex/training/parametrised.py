@@ -1,0 +1,78 @@
+"""Parametrisations on chosen parameters: what the quantising modes have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from kcomplex.training.mode import chosen_parameters
+
+Parametrisation = TypeVar("Parametrisation", bound=nn.Module)
+
+# These have too few significant bits for the arithmetic of a quantiser; it's done in float32 for them.
+_SHORT = (torch.float16, torch.bfloat16)
+
+
+def parametrise(
+    model: nn.Module,
+    types: tuple[type[nn.Module], ...] | None,
+    include: str | Iterable[str],
+    exclude: str | Iterable[str],
+    make: Callable[[nn.Parameter], Parametrisation],
+) -> dict[str, Parametrisation]:
+    """Return the parametrisations by full parameter name, after registering one on each chosen parameter.
+
+    A parameter that several modules share gets one parametrisation in all of them, so that it stays shared.
+
+    Parameters
+    ----------
+    model
+        Changed in place.
+    types, include, exclude
+        Choice of parameters; see `chosen_parameters`.
+    make
+        Returns the parametrisation of a parameter, on the parameter's device.
+
+    Raises
+    ------
+    SpecError
+        See `chosen_parameters`; nothing is changed then.
+    """
+    sharers: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            sharers.setdefault(id(parameter), []).append((module, name))
+    made = {}
+    for module, name, full in chosen_parameters(model, types, include, exclude):
+        parameter = module.get_parameter(name)
+        made[full] = make(parameter)
+        for sharer, its_name in sharers[id(parameter)]:
+            parametrize.register_parametrization(sharer, its_name, made[full])
+    return made
+
+
+def effective(model: nn.Module, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the names and the tensors that the network computes with, detached, one at a time."""
+    for full in names:
+        path, _, name = full.rpartition(".")
+        with torch.no_grad():
+            tensor: torch.Tensor = getattr(model.get_submodule(path), name).detach()
+        yield full, tensor
+
+
+def share_of_zeros(model: nn.Module, names: Iterable[str]) -> float:
+    """Return the share of exact zeros in the named effective tensors."""
+    zeros = elements = 0
+    for _, tensor in effective(model, names):
+        zeros += tensor.numel() - int(torch.count_nonzero(tensor))
+        elements += tensor.numel()
+    return zeros / elements
+
+
+def arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype that a quantiser computes in: float32 for the shorter ones, else the tensor's own."""
+    return torch.float32 if dtype in _SHORT else dtype

@@ -1,0 +1,237 @@
+"""Runs: deterministic, resumable bit for bit, skipped when done."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from kcomplex.analyses.data import load
+from kcomplex.analyses.experiment import Experiment, experiment_from, read_experiment
+from kcomplex.analyses.networks import network
+from kcomplex.analyses.run import CHECKPOINT, CONFIGURATION, FINAL, is_done, run
+from kcomplex.analyses.training import Training
+from kcomplex.errors import RunError, SpecError
+from kcomplex.measure import describe
+from kcomplex.tracking.frames import load_configurations, load_runs, load_snapshots
+
+SHORT = Experiment(
+    "short", network="mlp:hidden=16", epochs=2, fine_tune_epochs=1, batch_size=200, lr=0.01, estimators=("raw", "zstd")
+)
+MODES = ["baseline", "uniform_qat", "codeq", "momos:capacity=0.2", "pmmp"]
+
+
+class Interruption(Exception):
+    """Stands for whatever may stop a run."""
+
+
+def same(one: Path, other: Path) -> bool:
+    left, right = load_file(one / FINAL), load_file(other / FINAL)
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+@pytest.mark.usefixtures("unmeasured")
+@pytest.mark.parametrize("mode", MODES)
+def test_the_seed_decides_the_weights(tmp_path: Path, mode: str) -> None:
+    experiment = dataclasses.replace(SHORT, mode=mode)
+    first = run(experiment, tmp_path / "a")
+    torch.rand(7)
+    assert same(first, run(experiment, tmp_path / "b"))
+    assert not same(first, run(dataclasses.replace(experiment, seed=1), tmp_path / "c"))
+
+
+@pytest.mark.usefixtures("unmeasured")
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("stop", [1, 2, 3])
+def test_an_interrupted_run_continues_to_the_same_weights(tmp_path: Path, mode: str, stop: int) -> None:
+    experiment = dataclasses.replace(SHORT, mode=mode)
+    whole = run(experiment, tmp_path / "whole")
+
+    def interrupt(epoch: int, metrics: Mapping[str, float]) -> None:
+        if epoch == stop:
+            raise Interruption
+
+    with pytest.raises(Interruption):
+        run(experiment, tmp_path / "parts", progress=interrupt)
+    assert not is_done(experiment, tmp_path / "parts")
+    epochs: list[int] = []
+    parts = run(experiment, tmp_path / "parts", progress=lambda epoch, metrics: epochs.append(epoch))
+    assert epochs == list(range(stop + 1, 4))
+    assert same(whole, parts)
+    columns = ["step", "epoch", "accuracy", "train_loss_nats", "validation_loss_nats"]
+    assert load_snapshots(parts)[columns].equals(load_snapshots(whole)[columns])
+
+
+@pytest.mark.usefixtures("unmeasured")
+@pytest.mark.parametrize("stop", [0, 1])
+def test_a_run_that_stops_inside_an_epoch_begins_that_epoch_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int
+) -> None:
+    whole = run(SHORT, tmp_path / "whole")
+    original = Training._pass
+
+    def interrupt(training: Training) -> float:
+        mean = original(training)
+        if training.epoch == stop:
+            raise Interruption
+        return mean
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Training, "_pass", interrupt)
+        with pytest.raises(Interruption):
+            run(SHORT, tmp_path / "parts")
+    parts = run(SHORT, tmp_path / "parts")
+    assert same(whole, parts)
+    assert list(load_snapshots(parts)["epoch"]) == [0, 1, 2, 3]
+
+
+@pytest.mark.usefixtures("unmeasured")
+def test_a_finished_run_is_left_as_it_is(tmp_path: Path) -> None:
+    path = run(SHORT, tmp_path)
+    assert is_done(SHORT, tmp_path)
+    assert not (path / CHECKPOINT).exists()
+    before = {file: file.stat().st_mtime_ns for file in path.rglob("*")}
+
+    def refuse(epoch: int, metrics: Mapping[str, float]) -> None:
+        raise AssertionError("a finished run was trained again")
+
+    assert run(SHORT, tmp_path, progress=refuse) == path
+    assert {file: file.stat().st_mtime_ns for file in path.rglob("*")} == before
+
+
+@pytest.mark.usefixtures("unmeasured")
+def test_the_configuration_is_kept_with_the_run(tmp_path: Path) -> None:
+    path = run(SHORT, tmp_path)
+    assert read_experiment(path / CONFIGURATION) == SHORT
+    stored = load_configurations(path).iloc[0]
+    assert stored["status"] == "finished"
+    assert SHORT.mode in str(stored.to_dict())
+    with safe_open(path / FINAL, framework="pt") as file:
+        assert experiment_from(json.loads(file.metadata()["experiment"]), "metadata") == SHORT
+
+
+@pytest.mark.usefixtures("unmeasured")
+@pytest.mark.parametrize(("field", "value"), [("seed", 5), ("mode", "codeq"), ("estimators", ("raw",))])
+def test_another_experiment_in_the_same_folder_is_refused(tmp_path: Path, field: str, value: Any) -> None:
+    path = run(SHORT, tmp_path)
+    content = (path / FINAL).read_bytes()
+    with pytest.raises(RunError, match=f"another experiment .*{field} is"):
+        run(dataclasses.replace(SHORT, **{field: value}), tmp_path)
+    assert (path / FINAL).read_bytes() == content
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
+    (tmp_path / SHORT.name).mkdir()
+    (tmp_path / SHORT.name / "thesis.tex").write_text("precious")
+    with pytest.raises(RunError, match="isn't a run"):
+        run(SHORT, tmp_path)
+
+
+def test_a_file_in_place_of_the_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / SHORT.name).write_text("precious")
+    with pytest.raises(RunError, match="isn't a run"):
+        run(SHORT, tmp_path)
+
+
+@pytest.mark.usefixtures("unmeasured")
+@pytest.mark.parametrize("damage", [lambda data: b"", lambda data: data[: len(data) // 2], lambda data: b"no" * 99])
+def test_a_broken_checkpoint_is_refused(tmp_path: Path, damage: Any) -> None:
+    def interrupt(epoch: int, metrics: Mapping[str, float]) -> None:
+        raise Interruption
+
+    with pytest.raises(Interruption):
+        run(SHORT, tmp_path, progress=interrupt)
+    checkpoint = tmp_path / SHORT.name / CHECKPOINT
+    checkpoint.write_bytes(damage(checkpoint.read_bytes()))
+    with pytest.raises(RunError, match=r"checkpoint\.pt"):
+        run(SHORT, tmp_path)
+
+
+@pytest.mark.usefixtures("unmeasured")
+def test_a_run_leaves_the_generator_and_the_number_of_threads_alone(tmp_path: Path) -> None:
+    before, threads = torch.get_rng_state(), torch.get_num_threads()
+    run(dataclasses.replace(SHORT, threads=threads + 1), tmp_path)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.get_num_threads() == threads
+
+
+@pytest.mark.usefixtures("unmeasured")
+def test_snapshots_are_taken_as_asked_and_at_the_end_of_each_phase(tmp_path: Path) -> None:
+    path = run(dataclasses.replace(SHORT, epochs=5, fine_tune_epochs=2, every=3), tmp_path)
+    snapshots = load_snapshots(path)
+    assert list(snapshots["epoch"]) == [0, 3, 5, 6, 7]
+    assert list(snapshots["step"]) == [0, 18, 30, 36, 42]
+    assert snapshots["accuracy"].isna().tolist() == [True, False, False, False, False]
+
+
+@pytest.mark.usefixtures("unmeasured")
+@pytest.mark.parametrize("mode", MODES)
+def test_the_final_weights_are_the_plain_network_that_was_evaluated(tmp_path: Path, mode: str) -> None:
+    last: dict[str, float] = {}
+    path = run(dataclasses.replace(SHORT, mode=mode), tmp_path, progress=lambda _, metrics: last.update(metrics))
+    data = load("digits")
+    plain = network(SHORT.network).build(data.input_shape, data.classes)
+    plain.load_state_dict(load_file(path / FINAL), strict=True)
+    with torch.no_grad():
+        right = (plain(data.test.inputs).argmax(1) == data.test.labels).double().mean()
+    assert float(right) == pytest.approx(last["accuracy"])
+
+
+@pytest.mark.usefixtures("unmeasured")
+def test_training_improves_the_network(tmp_path: Path) -> None:
+    seen: list[dict[str, float]] = []
+    run(
+        dataclasses.replace(SHORT, epochs=12, lr=0.02), tmp_path, progress=lambda _, metrics: seen.append(dict(metrics))
+    )
+    assert seen[-1]["accuracy"] > 0.85
+    assert seen[-1]["train_loss_nats"] < seen[0]["train_loss_nats"] / 2
+    assert all(0 <= metrics[name] <= 1 for metrics in seen for name in ("accuracy", "validation_accuracy"))
+
+
+@pytest.mark.usefixtures("unmeasured")
+def test_a_training_that_diverges_is_told(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="lower lr"):
+        run(dataclasses.replace(SHORT, optimizer="sgd", lr=1e18), tmp_path)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_device_that_is_not_there_is_told(tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match="no CUDA device"):
+        run(dataclasses.replace(SHORT, device="cuda"), tmp_path)
+
+
+def test_a_mode_that_prices_parameters_gets_the_number_of_training_samples() -> None:
+    data = load("digits")
+    free = Training(dataclasses.replace(SHORT, mode="pmmp"), data)
+    fixed = Training(dataclasses.replace(SHORT, mode="pmmp:samples=7"), data)
+    assert free.mode.samples == len(data.train)  # type: ignore[attr-defined]
+    assert fixed.mode.samples == 7  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "constant"])
+def test_the_learning_rate_falls_to_zero_in_each_phase_or_stays(schedule: Any) -> None:
+    training = Training(dataclasses.replace(SHORT, schedule=schedule), load("digits"))
+    rates = []
+    for _ in range(3):
+        rates.append(training.scheduler.get_last_lr()[0])
+        training.run_epoch()
+    rates.append(training.scheduler.get_last_lr()[0])
+    expected = [0.01, 0.005, 0.01, 0.0] if schedule == "cosine" else [0.01] * 4
+    assert rates == pytest.approx(expected)
+
+
+def test_what_the_store_says_of_the_last_snapshot_holds_for_the_final_weights(tmp_path: Path) -> None:
+    path = run(dataclasses.replace(SHORT, mode="momos:capacity=0.2", estimators=("raw", "palette|entropy")), tmp_path)
+    frame = load_runs(path)
+    last = frame[frame["step"] == frame["step"].max()].set_index("estimator")
+    for description in describe(path / FINAL, ["raw", "palette|entropy"]):
+        assert last.loc[description.estimator, "bits"] == description.bits
+        assert last.loc[description.estimator, "kind"] == "code"
+    assert last["accuracy"].notna().all()

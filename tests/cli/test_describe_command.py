@@ -1,0 +1,184 @@
+"""``kcomplex describe`` through its entry point, on real files."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import io
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+
+Run = Callable[..., "subprocess.CompletedProcess[str]"]
+TESTS = Path(__file__).parent.parent
+
+
+def tensors() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "encoder.weight": torch.randn(40, 30, generator=generator).round(decimals=1),
+        "encoder.bias": torch.randn(40, generator=generator).half(),
+        "steps": torch.tensor(12),
+        "head.weight": torch.randn(3, 40, generator=generator, dtype=torch.float64),
+        "head.mask": torch.rand(3, 40, generator=generator) > 0.5,
+    }
+
+
+def write_every_format(folder: Path) -> list[Path]:
+    """Write one model in every format; return the paths."""
+    model = tensors()
+    safetensors.torch.save_file(model, folder / "model.safetensors")
+    torch.save(model, folder / "model.pt")
+    torch.save({"epoch": 3, "state_dict": model}, folder / "lightning.ckpt")
+    torch.save(model, folder / "legacy.bin", _use_new_zipfile_serialization=False)
+    np.savez(folder / "model.npz", **{name: tensor.numpy() for name, tensor in model.items()})
+    sharded = folder / "sharded"
+    sharded.mkdir()
+    names = list(model)
+    shards = {"model-00001-of-00002.safetensors": names[:2], "model-00002-of-00002.safetensors": names[2:]}
+    for shard, members in shards.items():
+        safetensors.torch.save_file({name: model[name] for name in members}, sharded / shard)
+    index = {"metadata": {}, "weight_map": {name: shard for shard, members in shards.items() for name in members}}
+    (sharded / "model.safetensors.index.json").write_text(json.dumps(index))
+    return [path for path in folder.iterdir() if path.is_dir() or path.is_file()]
+
+
+def test_one_model_in_every_format_has_identical_bits(tmp_path: Path, run: Run) -> None:
+    paths = write_every_format(tmp_path)
+    assert len(paths) == 6
+    specs = ["raw", "zstd:level=19", "lzma", "planes|zstd", "palette|entropy", "uniform:bits=4|entropy", "bdm", "l2"]
+    answer = run("describe", *map(str, paths), *[word for spec in specs for word in ("-e", spec)], "--json")
+    assert answer.returncode == 0, answer.stderr
+    by_path = {
+        document["path"]: [(item["estimator"], item["value"], item["parts"]) for item in document["descriptions"]]
+        for document in json.loads(answer.stdout)
+    }
+    assert len(by_path) == 6
+    first, *others = by_path.values()
+    assert [spec for spec, _, _ in first] == specs
+    for other in others:
+        assert other == first
+
+
+def test_piped_output_is_csv_with_every_column(tmp_path: Path, run: Run) -> None:
+    torch.save(tensors(), tmp_path / "model.pt")
+    answer = run("describe", str(tmp_path / "model.pt"), "-e", "zstd", "-e", "sparsity")
+    rows = list(csv.DictReader(io.StringIO(answer.stdout)))
+    assert [(row["estimator"], row["kind"], row["unit"]) for row in rows] == [
+        ("zstd", "code", "bits"),
+        ("sparsity", "proxy", "share"),
+    ]
+    assert float(rows[0]["bytes"]) * 8 == float(rows[0]["bits"])
+
+
+def test_per_tensor_selection_and_verification(tmp_path: Path, run: Run) -> None:
+    torch.save(tensors(), tmp_path / "model.pt")
+    answer = run(
+        "describe",
+        str(tmp_path / "model.pt"),
+        "-e",
+        "palette|entropy",
+        "--per-tensor",
+        "--include",
+        "*.weight",
+        "--verify",
+    )
+    assert answer.returncode == 0, answer.stderr
+    assert [row["tensor"] for row in csv.DictReader(io.StringIO(answer.stdout))] == ["encoder.weight", "head.weight"]
+    assert "not included" in answer.stderr
+
+
+def test_dry_run_lists_what_is_there_and_what_is_skipped(tmp_path: Path, run: Run) -> None:
+    torch.save({"state_dict": tensors(), "epoch": 3, "optimizer_states": []}, tmp_path / "last.ckpt")
+    answer = run("describe", "--dry-run", str(tmp_path / "last.ckpt"))
+    rows = {row["tensor"]: row for row in csv.DictReader(io.StringIO(answer.stdout))}
+    assert rows["encoder.weight"]["shape"] == "40x30"
+    assert rows["encoder.bias"]["dtype"] == "float16"
+    assert rows["epoch"]["skipped"]
+
+
+def test_dry_run_reads_headers_only(tmp_path: Path, run: Run) -> None:
+    # A header that declares 8 GB, and a sparse file behind it: reading the data would take far more than the limit.
+    header = json.dumps({"w": {"dtype": "F32", "shape": [2_000_000_000], "data_offsets": [0, 8_000_000_000]}}).encode()
+    path = tmp_path / "huge.safetensors"
+    with path.open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + 8_000_000_000)
+    answer = run("describe", "--dry-run", str(path), "--json")
+    assert answer.returncode == 0, answer.stderr
+    assert json.loads(answer.stdout)[0]["bytes"] == 8_000_000_000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["no_such_file.pt"], "no such file"),
+        (["{model}", "-e", "zst"], "Did you mean 'zstd'"),
+        (["{model}", "--include", "decoder*"], "no tensor matches 'decoder*'"),
+        (["{model}", "--json", "--csv"], "exclude each other"),
+        (["{model}", "--jobs", "0"], "jobs"),
+        ([], "Missing argument"),
+    ],
+)
+def test_bad_input_is_one_clear_error(tmp_path: Path, run: Run, arguments: list[str], message: str) -> None:
+    torch.save(tensors(), tmp_path / "model.pt")
+    answer = run("describe", *[text.format(model=tmp_path / "model.pt") for text in arguments])
+    assert answer.returncode == 2
+    assert message in answer.stderr
+    assert "Traceback" not in answer.stderr
+    assert answer.stdout == ""
+
+
+@pytest.fixture
+def hostile() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("hostile_files", TESTS / "hostile_files.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_hostile_files_are_refused_one_by_one(tmp_path: Path, hostile: ModuleType) -> None:
+    """Every broken file: exit code 2, one error that names it, no traceback (in one process, for speed)."""
+    paths = hostile.write_all(tmp_path)
+    assert len(paths) >= 30
+    script = """
+import contextlib, io, json, sys
+from kcomplex.cli.main import main
+answers = {}
+for path in json.load(sys.stdin):
+    sys.argv = ["kcomplex", "describe", path, "-e", "zstd"]
+    out, err = io.StringIO(), io.StringIO()
+    code = 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            main()
+        except SystemExit as exit:
+            code = exit.code
+    answers[path] = [code, out.getvalue(), err.getvalue()]
+json.dump(answers, sys.stdout)
+"""
+    answer = subprocess.run(
+        [sys.executable, "-c", script],
+        input=json.dumps([str(path) for path in paths]),
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=tmp_path,
+    )
+    for path, (code, out, err) in json.loads(answer.stdout).items():
+        assert code == 2, (path, err)
+        assert out == "", path
+        assert err.startswith("error: "), (path, err)
+        assert Path(path).name in err, (path, err)
+        assert "Traceback" not in err
+        assert len(err.strip().splitlines()) == 1, (path, err)

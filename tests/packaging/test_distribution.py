@@ -1,0 +1,138 @@
+"""One distribution: the same import names in a wheel, in an editable install and from the checkout."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+import kcomplex as kc
+
+Python = Callable[..., "subprocess.CompletedProcess[str]"]
+ROOT = Path(__file__).resolve().parents[2]
+FOLDERS = ("kcomplex", "compressors", "analyses")
+PROBE = """
+import importlib.metadata, pathlib, kcomplex, kcomplex.compressors.zstandard, kcomplex.analyses
+print(pathlib.Path(kcomplex.__file__).parent)
+print(pathlib.Path(kcomplex.compressors.__file__).parent)
+print(kcomplex.describe({}, "zstd")[0].kind)
+try:
+    import compressors
+except ModuleNotFoundError:
+    print("no bare name")
+"""
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Yield the full name of every module that a file imports."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield str(node.module)
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_imports_go_one_way_and_never_by_a_bare_name(folder: str) -> None:
+    forbidden = {
+        "kcomplex": r"(kcomplex\.)?(compressors|analyses)\b",
+        "compressors": r"(compressors|analyses)\b|kcomplex\.analyses\b",
+        "analyses": r"(compressors|analyses)\b",
+    }[folder]
+    for path in (ROOT / folder).rglob("*.py"):
+        for name in imports(path):
+            assert not re.match(forbidden, name), f"{path} imports {name}"
+
+
+def test_every_package_is_listed() -> None:
+    import tomllib
+
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    found = set()
+    for folder in FOLDERS:
+        for init in (ROOT / folder).rglob("__init__.py"):
+            dotted = ".".join(init.parent.relative_to(ROOT).parts)
+            found.add(dotted if folder == "kcomplex" else f"kcomplex.{dotted}")
+    assert set(settings["packages"]) == found
+
+
+def test_the_wheel_holds_everything(tmp_path: Path, install: Callable[..., None], python: Python) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(
+        ROOT, source, ignore=shutil.ignore_patterns(".*", "build", "out", "runs", "*.egg-info", "__pycache__")
+    )
+    target = tmp_path / "site"
+    install(source, target)
+    answer = python("-c", PROBE, cwd=tmp_path, path=target)
+    assert answer.returncode == 0, answer.stderr
+    lines = answer.stdout.splitlines()
+    assert lines == [str(target / "kcomplex"), str(target / "kcomplex" / "compressors"), "code", "no bare name"]
+    assert not (target / "compressors").exists()
+    assert (target / "kcomplex" / "py.typed").exists()
+    assert (target / "kcomplex" / "compressors" / "ctm_b2_d12.npz").exists()
+
+
+def test_the_installed_package_needs_no_checkout_folder(tmp_path: Path, python: Python) -> None:
+    answer = python("-c", PROBE, cwd=tmp_path)
+    assert answer.returncode == 0, answer.stderr
+    assert answer.stdout.splitlines()[2:] == ["code", "no bare name"]
+
+
+def test_the_checkout_imports_without_an_installation() -> None:
+    answer = subprocess.run(
+        [sys.executable, "-c", "import kcomplex.compressors, kcomplex.analyses; print(kcomplex.compressors.__file__)"],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT,
+    )
+    assert Path(answer.stdout.strip()).resolve() == ROOT / "compressors" / "__init__.py"
+
+
+def test_importing_kcomplex_loads_nothing_heavy() -> None:
+    heavy = "{'torch', 'pandas', 'matplotlib', 'scipy', 'sklearn', 'joblib', 'rich'}"
+    script = f"import sys, kcomplex; print(sorted({heavy} & set(sys.modules)))"
+    answer = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert answer.stdout.strip() == "[]"
+
+
+def test_the_public_surface_is_small_and_real() -> None:
+    assert len(kc.__all__) <= 15
+    for name in kc.__all__:
+        assert getattr(kc, name) is not None
+    with pytest.raises(AttributeError, match="nothing_like_this"):
+        kc.nothing_like_this  # noqa: B018
+    with pytest.raises(AttributeError, match=r"no 'Nothing'; known: .*momos"):
+        kc.modes.Nothing  # noqa: B018
+
+
+@pytest.mark.slow
+def test_the_type_checker_sees_compressors(tmp_path: Path) -> None:
+    """An error planted in compressors/ must be found: editable installs hide mapped folders from type checkers."""
+    layout = subprocess.run(
+        [sys.executable, str(ROOT / "tests" / "type_tree.py"), str(tmp_path / "tree")], capture_output=True, check=True
+    )
+    assert not layout.stderr
+    compressors = tmp_path / "tree" / "kcomplex" / "compressors"
+    compressors.unlink()
+    shutil.copytree(ROOT / "compressors", compressors, ignore=shutil.ignore_patterns("__pycache__"))
+    with (compressors / "raw.py").open("a") as file:
+        file.write("\n\nPLANTED: int = Raw()\n")
+    answer = subprocess.run(
+        [sys.executable, "-m", "mypy", "--config-file", str(ROOT / "pyproject.toml"), "-m", "kcomplex.compressors.raw"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path / "tree",
+        check=False,
+    )
+    assert answer.returncode == 1, answer.stdout + answer.stderr
+    assert "compressors/raw.py" in answer.stdout
+    assert 'Incompatible types in assignment (expression has type "Raw", variable has type "int")' in answer.stdout

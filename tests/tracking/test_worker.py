@@ -1,0 +1,173 @@
+"""The measuring process: it measures beside the training, and nothing that happens to it stops the training."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import kcomplex as kc
+from kcomplex.tracking import waiting, writer
+from kcomplex.tracking.frames import load_configurations, load_events, load_snapshots
+from kcomplex.tracking.store import RunStore
+from kcomplex.tracking.tracker import TrackingWarning
+from kcomplex.tracking.waiting import wait_for_worker
+from kcomplex.tracking.worker import measure_pending
+
+PATIENCE = 120.0
+
+UNCLOSED = """
+import sys
+import torch
+from kcomplex.tracking.tracker import attach
+model = torch.nn.Linear(4, 2)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+tracker = attach(model, optimizer, run=sys.argv[1], every=1, estimators="zstd", measure=False)
+for _ in range(3):
+    optimizer.step()
+"""
+
+
+def process_of(tracker):
+    deadline = time.monotonic() + PATIENCE
+    while tracker._writer.process is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    return tracker._writer.process
+
+
+def test_closing_waits_until_all_is_measured_by_another_process(track, train, model):
+    tracker = track(every=2, measure=True)
+    train(4)
+    tracker.log(accuracy=0.5)
+    tracker.close()
+    frame = kc.load_runs(tracker.run)
+    assert frame["step"].tolist() == [0, 0, 2, 2, 4, 4]
+    assert frame["bits"].tolist()[-2:] == [item.bits for item in kc.describe(model, ["zstd", "raw"])]
+    assert load_configurations(tracker.run)["status"].tolist() == ["finished"]
+    assert sorted(path.name for path in tracker.run.iterdir() if "-" not in path.name) == [
+        "run.sqlite",
+        "snapshots",
+        "tracker.lock",
+    ]
+
+
+def test_closing_doesnt_wait_for_the_pipe_of_forked_children(track, train, monkeypatch):
+    # Data loaders' processes are forked, and hold every file of the training process open.
+    monkeypatch.setattr(writer, "START_AFTER_SECONDS", 0.0)
+    tracker = track(every=1, measure=True)
+    copy = os.dup(process_of(tracker).stdin.fileno())
+    try:
+        train(2)
+        tracker.close(timeout=PATIENCE)
+        assert process_of(tracker).returncode == 0
+    finally:
+        os.close(copy)
+    assert load_snapshots(tracker.run)["state"].tolist() == ["measured"] * 3
+
+
+def test_a_measuring_process_that_is_killed_is_told_and_started_again(track, train, monkeypatch):
+    monkeypatch.setattr(writer, "START_AFTER_SECONDS", 0.0)
+    tracker = track(every=1, measure=True)
+    process = process_of(tracker)
+    process.kill()
+    process.wait()
+    train(3)
+    with pytest.warns(TrackingWarning, match="exit code -9; it is started again"):
+        tracker.close()
+    assert process_of(tracker).returncode == 0
+    assert load_snapshots(tracker.run)["state"].tolist() == ["measured"] * 4
+
+
+def test_what_a_dead_measuring_process_leaves_can_be_made_up_for(track, train, monkeypatch):
+    monkeypatch.setattr(writer, "START_AFTER_SECONDS", 0.0)
+    monkeypatch.setattr(writer, "MOST_REVIVALS", 0)
+    tracker = track(every=1, measure=True)
+    process = process_of(tracker)
+    process.kill()
+    process.wait()
+    train(3)
+    with pytest.warns(TrackingWarning, match="exit code -9"):
+        tracker.close()
+    assert measure_pending(tracker.run) == 4
+    assert load_snapshots(tracker.run)["state"].tolist() == ["measured"] * 4
+
+
+def test_a_measuring_process_that_cannot_start_is_an_event(track, train, monkeypatch):
+    monkeypatch.setattr(sys, "executable", "/nowhere/python")
+    tracker = track(every=1, measure=True)
+    train(1)
+    with pytest.warns(TrackingWarning, match="can't be started"):
+        tracker.close()
+    assert load_events(tracker.run)["kind"].tolist() == ["failed"]
+    assert measure_pending(tracker.run) == 2
+
+
+def test_a_program_that_ends_without_closing_keeps_its_snapshots(tmp_path):
+    subprocess.run([sys.executable, "-c", UNCLOSED, str(tmp_path / "run")], check=True)
+    assert load_configurations(tmp_path)["status"].tolist() == ["interrupted"]
+    assert load_snapshots(tmp_path)["step"].tolist() == [0, 1, 2, 3]
+    assert measure_pending(tmp_path / "run") == 4
+
+
+def test_measuring_what_waits_tells_its_progress(track, train):
+    tracker = track(every=1)
+    train(2)
+    tracker.close()
+    seen = []
+    assert measure_pending(tracker.run, progress=lambda done, left: seen.append((done, left))) == 3
+    assert seen == [(1, 2), (2, 1), (3, 0)]
+    assert measure_pending(tracker.run) == 0
+
+
+def test_an_estimator_that_isnt_installed_any_more_is_an_event(track):
+    tracker = track()
+    tracker.close()
+    with RunStore(tracker.run) as store:
+        store.connection.execute("""UPDATE run SET estimators = '["zstd", "gone"]'""")
+    assert measure_pending(tracker.run) == 1
+    assert kc.load_runs(tracker.run)["estimator"].tolist() == ["zstd"]
+    assert "gone" in load_events(tracker.run)["message"].iloc[0]
+
+
+def test_a_description_that_the_store_cannot_hold_is_an_event(track, monkeypatch):
+    from kcomplex.compressors.zstandard import Zstd
+
+    tracker = track(estimators=["zstd"])
+    tracker.close()
+    describe = Zstd.describe
+
+    def with_a_foreign_type(self, weights, **options):
+        description = describe(self, weights, **options)
+        object.__setattr__(description, "seconds", torch.zeros(1))
+        return description
+
+    monkeypatch.setattr(Zstd, "describe", with_a_foreign_type)
+    assert measure_pending(tracker.run) == 1
+    assert load_snapshots(tracker.run)["state"].tolist() == ["failed"]
+    assert "can't be recorded" in load_events(tracker.run)["message"].iloc[0]
+
+
+def test_waiting_ends_at_the_timeout_and_leaves_the_process_alone(track):
+    tracker = track()
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    try:
+        assert wait_for_worker(process, tracker.run, timeout=0.1) == []
+        assert process.poll() is None
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_waiting_shows_a_bar_on_a_terminal(track, monkeypatch, capsys):
+    monkeypatch.setattr(waiting, "_PATIENCE_SECONDS", 0.0)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    tracker = track()
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(0.5)"])
+    assert wait_for_worker(process, tracker.run, timeout=None) == []
+    assert "measuring run" in capsys.readouterr().err

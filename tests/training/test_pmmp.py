@@ -1,0 +1,208 @@
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import nn
+
+from kcomplex.errors import SpecError, WeightsError
+from kcomplex.training.mode import mode
+from kcomplex.training.pmmp import PMMP
+
+
+def single(values: list[float]) -> nn.Linear:
+    """Return a layer whose weights are these values."""
+    layer = nn.Linear(len(values), 1, bias=False)
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor([values]))
+    return layer
+
+
+def companions(configured: PMMP) -> dict[str, torch.Tensor]:
+    return configured.state_dict()["companions"]["weight"]
+
+
+def test_gradients_are_those_of_the_saddle_function():
+    layer = single([0.5]).double()
+    configured = PMMP(alpha=0.01, u0=2.0, p0=0.6)
+    configured.prepare(layer)
+    with torch.no_grad():
+        layer.weight.fill_(0.5)
+    w, gamma, u = (group["params"][0] for group in configured.parameter_groups(lr=0.1)[1:])
+    with torch.no_grad():
+        w.fill_(0.8)
+    (0.1 * layer.weight.sum() + configured.penalty()).backward()
+    assert layer.weight.grad.item() == pytest.approx(0.18)
+    assert w.grad.item() == pytest.approx(0.72)
+    assert gamma.grad.item() == pytest.approx(-0.31)
+    assert u.grad.item() == pytest.approx(0.154)
+
+
+def test_gradients_agree_with_differentiating_the_published_form():
+    generator = torch.Generator().manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)).double()
+    configured = PMMP(alpha=0.03)
+    configured.prepare(model)
+    groups = configured.parameter_groups(lr=0.1)
+    with torch.no_grad():
+        for group in groups[1:]:
+            for tensor in group["params"]:
+                tensor.copy_(torch.rand(tensor.shape, generator=generator))
+    mine = [model[0].weight, model[1].weight, *(tensor for group in groups[1:] for tensor in group["params"])]
+    expected = sum(
+        (0.03 * gamma + u * ((theta - w * gamma) ** 2 + w**2 * gamma * (1 - gamma))).sum()
+        for theta, w, gamma, u in zip(*(mine[start : start + 2] for start in range(0, 8, 2)), strict=True)
+    )
+    penalty = configured.penalty()
+    assert penalty.item() == pytest.approx(expected.item())
+    for ours, theirs in zip(
+        torch.autograd.grad(3 * penalty, mine), torch.autograd.grad(3 * expected, mine), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_five_steps_of_gradient_descent_are_the_published_ones():
+    layer = single([0.3]).double()
+    with torch.no_grad():
+        layer.weight.fill_(0.3)
+    configured = PMMP(alpha=0.5, u0=0.0, gamma_lr=0.1, u_lr=0.1)
+    configured.prepare(layer)
+    optimizer = torch.optim.SGD(configured.parameter_groups(lr=0.1), lr=0.1)
+    for _ in range(5):
+        optimizer.zero_grad()
+        ((layer.weight - 1).square().sum() + configured.penalty()).backward()
+        optimizer.step()
+        configured.after_step()
+    assert layer.weight.item() == pytest.approx(0.76719665, abs=1e-8)
+    parts = {key: tensor.item() for key, tensor in companions(configured).items()}
+    assert parts == pytest.approx({"w": 0.30262319, "gamma": 0.75134526, "u": 0.05134004}, abs=1e-8)
+
+
+@pytest.mark.parametrize(("u0", "kept"), [(1.0, [0, 0, 1, 1, 1]), (0.0, [0, 0, 1, 1, 0]), (2.0, [0, 1, 1, 1, 1])])
+def test_training_keeps_what_is_worth_its_price(u0, kept):
+    wanted = torch.tensor([[0.05, 0.2, 0.5, 1.0, -0.3]])
+    layer = single(wanted[0].tolist())
+    configured = PMMP(alpha=0.05, u0=u0, gamma_lr=0.01, u_lr=0.01)
+    configured.prepare(layer)
+    optimizer = torch.optim.Adam(configured.parameter_groups(lr=0.01), lr=0.01)
+    for _ in range(5000):
+        optimizer.zero_grad()
+        ((layer.weight - wanted).square().sum() + configured.penalty()).backward()
+        optimizer.step()
+        configured.after_step()
+    gamma = companions(configured)["gamma"][0]
+    torch.testing.assert_close(gamma, torch.tensor(kept, dtype=torch.float32), atol=0.02, rtol=0)
+    # Before anything is pruned, gamma decides what a converted model keeps.
+    assert (configured.convert(layer).weight != 0).int().tolist() == [kept]
+    assert (layer.weight != 0).all()
+
+
+def test_the_price_is_in_bits_or_in_nats():
+    assert PMMP(bits_per_parameter=4.0, samples=1347).price == pytest.approx(4 * math.log(2) / 1347)
+    assert PMMP(alpha=1e-4, samples=1347).price == 1e-4
+    assert mode("pmmp:alpha=1e-4").price == 1e-4
+    assert mode("pmmp:bits_per_parameter=4,samples=1347").price == pytest.approx(4 * math.log(2) / 1347)
+
+
+def test_without_a_price_the_message_says_what_to_give():
+    with pytest.raises(SpecError, match="samples"):
+        PMMP().prepare(nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"alpha": -1.0}, {"samples": 0}, {"p0": 1.5}, {"u0": -1.0}, {"gamma_lr": math.nan}, {"bits_per_parameter": -2.0}],
+)
+def test_senseless_options_are_refused(options):
+    with pytest.raises(SpecError, match=next(iter(options))):
+        PMMP(**options)
+
+
+def test_probabilities_and_multipliers_stay_in_their_range():
+    layer = single([0.001, 2.0])
+    configured = PMMP(alpha=1.0, gamma_lr=5.0, u_lr=5.0)
+    configured.prepare(layer)
+    optimizer = torch.optim.SGD(configured.parameter_groups(lr=0.5), lr=0.5)
+    for _ in range(4):
+        optimizer.zero_grad()
+        configured.penalty().backward()
+        optimizer.step()
+        configured.after_step()
+        parts = companions(configured)
+        assert ((parts["gamma"] >= 0) & (parts["gamma"] <= 1)).all()
+        assert (parts["u"] >= 0).all()
+
+
+def test_fine_tuning_leaves_pruned_weights_at_zero_and_charges_nothing():
+    layer = single([0.01, 0.8, -0.02, 0.5])
+    wanted = layer.weight.detach().clone()
+    configured = PMMP(alpha=1e-3, tolerance=0.01)
+    configured.prepare(layer)
+    optimizer = torch.optim.Adam(configured.parameter_groups(lr=0.05), lr=0.05)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        # Pulls every weight up, so that the optimiser's momentum would bring pruned ones back.
+        ((layer.weight - wanted - 1).square().sum() + configured.penalty()).backward()
+        optimizer.step()
+        configured.after_step()
+
+    for _ in range(3):
+        step()
+    with torch.no_grad():
+        layer.weight.copy_(wanted)
+    configured.begin_fine_tuning(lambda: 1 + (layer.weight - wanted).detach().square().sum().item())
+    assert (layer.weight != 0).tolist() == [[False, True, False, True]]
+    assert configured.penalty().item() == 0
+    for _ in range(10):
+        step()
+        assert (layer.weight[0, [0, 2]] == 0).all()
+    assert (layer.weight[0, [1, 3]] > wanted[0, [1, 3]] + 0.1).all()
+    assert torch.equal(configured.convert(layer).weight, layer.weight)
+    assert configured.report()["zeros"] == 0.5
+
+
+def test_the_mode_adds_nothing_to_the_models_own_state():
+    layer = single([0.1, 0.2])
+    PMMP(alpha=0.1).prepare(layer)
+    assert list(layer.state_dict()) == ["weight"]
+
+
+def test_the_multipliers_alone_are_maximised_and_nothing_of_the_modes_own_decays():
+    configured = PMMP(alpha=0.1, gamma_lr=0.3, u_lr=0.4)
+    configured.prepare(nn.Linear(3, 3))
+    base, *own = configured.parameter_groups(lr=0.2, weight_decay=0.5)
+    assert base["weight_decay"] == 0.5
+    assert len(base["params"]) == 2
+    assert [group["lr"] for group in own] == [0.2, 0.3, 0.4]
+    assert [group["maximize"] for group in own] == [False, False, True]
+    assert [group["weight_decay"] for group in own] == [0.0, 0.0, 0.0]
+
+
+def test_a_state_of_another_model_is_refused():
+    first, second = PMMP(alpha=0.1), PMMP(alpha=0.1)
+    first.prepare(nn.Linear(3, 3))
+    second.prepare(nn.Linear(3, 4))
+    with pytest.raises(WeightsError, match="weight"):
+        second.load_state_dict(first.state_dict())
+
+
+def test_a_higher_price_leaves_fewer_weights():
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(64, 20, generator=generator)
+    labels = (inputs[:, 0] - inputs[:, 1]).unsqueeze(1)
+    kept = []
+    for alpha in (0.001, 0.03, 1.0):
+        torch.manual_seed(0)
+        layer = nn.Linear(20, 1)
+        configured = PMMP(alpha=alpha, gamma_lr=0.02, u_lr=0.02)
+        configured.prepare(layer)
+        optimizer = torch.optim.Adam(configured.parameter_groups(lr=0.02), lr=0.02)
+        for _ in range(250):
+            optimizer.zero_grad()
+            ((layer(inputs) - labels).square().mean() + configured.penalty()).backward()
+            optimizer.step()
+            configured.after_step()
+        kept.append(int((configured.convert(layer).weight != 0).sum()))
+    assert all(more > less for more, less in pairwise(kept)), kept
+    assert kept[1] >= 2
