@@ -64,7 +64,7 @@ class Entropy(Coder):
 
     def encode(self, symbols: Symbols) -> bytes:
         """Return the shortest stream; none at all without symbols."""
-        return b"".join(data for _, data in self.encode_parts(symbols))
+        return b"".join(part.data for part in self.encode_parts(symbols))
 
     def encode_parts(self, symbols: Symbols) -> list[Part]:
         """Return the stream's first byte (structure), alphabet and frequencies (tables) and payload."""
@@ -76,8 +76,8 @@ class Entropy(Coder):
         if modelled is not None:
             return modelled
         if packed < plain:
-            return [(STRUCTURE, bytes([bits])), ("payload", pack(symbols, bits))]
-        return [("payload", to_bytes(symbols))]
+            return [Part(STRUCTURE, bytes([bits])), Part("payload", pack(symbols, bits))]
+        return [Part("payload", to_bytes(symbols))]
 
     def decode(self, data: bytes, shape: Shape, dtype: np.dtype[Any]) -> Symbols:
         """Return the symbols; see `Coder.decode`."""
@@ -111,7 +111,7 @@ class Entropy(Coder):
         payload = _encode_indices(positions(symbols, words, np.int32), frequencies, self.coder)
         if 1 + len(tables) + len(payload) >= rival:
             return None
-        return [(STRUCTURE, bytes([_MODELLED])), ("tables", tables), ("payload", payload)]
+        return [Part(STRUCTURE, bytes([_MODELLED])), Part("tables", tables), Part("payload", payload)]
 
 
 @dataclass(frozen=True)

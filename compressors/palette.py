@@ -7,13 +7,15 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kcomplex.compressors.alphabet import alphabet, decode_alphabet, encode_alphabet, positions
 from kcomplex.errors import StreamError
 from kcomplex.estimator import Layout, Shape, Symbols, Transform
 
 _PASSED_THROUGH = b"\x00"
-_INDEXED = b"\x01"
+_ASCENDING = b"\x01"
+_AS_FLOATS = b"\x02"
 
 
 @dataclass(frozen=True)
@@ -21,9 +23,10 @@ class Palette(Transform):
     """Makes a quantised network that is stored as floats cost what it is worth, without loss.
 
     The side information is the table of distinct words; the stream holds each word's position in it, in the smallest
-    unsigned dtype and the symbols' shape. Symbols for which table and indices wouldn't be shorter than the plain
-    words (K distinct ones of N symbols of w bits: ``K w + N ceil(log2 K) >= N w``) pass through unchanged, for one
-    byte.
+    unsigned dtype and the symbols' shape. The positions follow the words as integers or, where that brings them closer
+    together, as floats (sign and magnitude), so that coders of numbers find numbers. Symbols for which table and
+    indices wouldn't be shorter than the plain words (K distinct ones of N symbols of w bits:
+    ``K w + N ceil(log2 K) >= N w``) pass through unchanged, for one byte.
     """
 
     name: ClassVar[str] = "palette"
@@ -33,9 +36,15 @@ class Palette(Transform):
         found = alphabet(symbols, _largest_palette(symbols.size, 8 * symbols.dtype.itemsize))
         if found is None or not symbols.size:
             return _PASSED_THROUGH, [symbols]
-        words = found[0]
+        words, counts = found
         indices = positions(symbols, words, _index_dtype(words.size).type)
-        return _INDEXED + encode_alphabet(words), [indices.reshape(symbols.shape)]
+        flag, order = _ASCENDING, _float_order(words)
+        if order is not None and _spread(counts[order]) < _spread(counts):
+            flag = _AS_FLOATS
+            rank = np.empty_like(order)
+            rank[order] = np.arange(order.size)
+            indices = rank.astype(indices.dtype)[indices]
+        return flag + encode_alphabet(words), [indices.reshape(symbols.shape)]
 
     def layout(self, side: bytes, shape: Shape, dtype: np.dtype[Any]) -> list[Layout]:
         """Return shape and dtype of the indices, or of the symbols; see `Transform.layout`."""
@@ -58,10 +67,33 @@ def _table(side: bytes, shape: Shape, dtype: np.dtype[Any]) -> Symbols | None:
     """Return the words of a table; None where the symbols passed through."""
     if side == _PASSED_THROUGH:
         return None
-    if not side.startswith(_INDEXED):
+    if not side.startswith((_ASCENDING, _AS_FLOATS)):
         raise StreamError("palette: the side information is corrupted")
     size = math.prod(shape)
-    return decode_alphabet(side[1:], dtype, _largest_palette(size, 8 * dtype.itemsize))
+    words = decode_alphabet(side[1:], dtype, _largest_palette(size, 8 * dtype.itemsize))
+    if side.startswith(_ASCENDING):
+        return words
+    order = _float_order(words)
+    if order is None:
+        raise StreamError("palette: the side information is corrupted")
+    ordered: Symbols = words[order]
+    return ordered
+
+
+def _float_order(words: Symbols) -> NDArray[np.intp] | None:
+    """Return the order of ascending words by sign and magnitude; None where it is the same or the words are signed."""
+    if words.dtype.kind != "u":
+        return None
+    negative = int(np.searchsorted(words, words.dtype.type(1 << 8 * words.dtype.itemsize - 1)))
+    if negative == words.size:
+        return None
+    return np.concatenate([np.arange(words.size - 1, negative - 1, -1), np.arange(negative)])
+
+
+def _spread(counts: NDArray[np.int64]) -> int:
+    """Return the sum over all symbols of the distance of their position from the median position."""
+    median = int(np.searchsorted(2 * np.cumsum(counts), int(counts.sum())))
+    return int((counts * np.abs(np.arange(counts.size) - median)).sum())
 
 
 def _largest_palette(size: int, width: int) -> int:

@@ -15,10 +15,10 @@ from __future__ import annotations
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar, NamedTuple, Self, TypeAlias
 
 import numpy as np
 import torch
@@ -40,13 +40,39 @@ from kcomplex.weights import (
 )
 
 Symbols: TypeAlias = NDArray[np.integer[Any]]
-Part: TypeAlias = tuple[str, bytes]
 Shape: TypeAlias = tuple[int, ...]
 Layout: TypeAlias = tuple[Shape, np.dtype[np.integer[Any]]]
 Progress: TypeAlias = Callable[[TensorHandle], None]
 
 # A lossless coder sees long tensors in pieces of this many words: memory is bounded by the pieces in flight.
 CHUNK_WORDS = 1 << 24
+
+
+class Part(NamedTuple):
+    """A piece of a stream under the name that its bits are counted by.
+
+    Attributes
+    ----------
+    shares
+        Where one piece codes several things at once (signs, magnitudes ...): the model's bits for each, by which the
+        piece's own bits are divided among those names.
+    """
+
+    name: str
+    data: bytes
+    shares: Mapping[str, float] | None = None
+
+    def bits(self) -> dict[str, float]:
+        """Return the piece's bits by name; they sum to eight times its bytes."""
+        bits = 8.0 * len(self.data)
+        total = math.fsum(self.shares.values()) if self.shares else 0.0
+        if not self.shares or total <= 0:
+            return {self.name: bits}
+        # Multiples of 1/1024 bit, so that sums over any number of pieces stay exact.
+        divided = {name: round(1024 * bits * share / total) / 1024 for name, share in self.shares.items()}
+        largest = max(divided, key=divided.__getitem__)
+        divided[largest] += bits - math.fsum(divided.values())
+        return divided
 
 
 @dataclass(frozen=True)
@@ -69,7 +95,7 @@ class EncodedTensor:
 
     def to_bytes(self) -> bytes:
         """Return the stream."""
-        return b"".join(data for _, data in self.parts)
+        return b"".join(part.data for part in self.parts)
 
 
 class Estimator(ABC):
@@ -119,6 +145,18 @@ class TensorLength:
 class TensorwiseEstimator(Estimator):
     """An estimator in bits that measures tensor by tensor: a code, or a code length."""
 
+    @property
+    def sequential(self) -> bool:
+        """Whether a tensor's length depends on the tensors before it; its stream is then decoded after theirs."""
+        return False
+
+    def fresh(self) -> Self:
+        """Return what measures, encodes or decodes the tensors of one stream in order.
+
+        An estimator that learns from tensor to tensor returns a copy with a state of its own; any other, itself.
+        """
+        return self
+
     def prepare(self, weights: Weights) -> bytes:
         """Return the side information that all tensors share (one codebook for the whole network); none by default."""
         return b""
@@ -131,7 +169,8 @@ class TensorwiseEstimator(Estimator):
         """Return the description; see `Estimator.describe`. Codes and ideal lengths pay for the structure."""
         start = time.perf_counter()
         shared = self.prepare(weights)
-        tensors = for_each_tensor(partial(self._describe_tensor, shared=shared), weights, jobs, progress)
+        measure = partial(self.fresh()._describe_tensor, shared=shared)
+        tensors = for_each_tensor(measure, weights, 1 if self.sequential and jobs else jobs, progress)
         parts: dict[str, float] = {}
         if self.kind != "proxy":
             lengths = [int(tensor.value) // 8 for tensor in tensors]
@@ -180,7 +219,7 @@ class Code(TensorwiseEstimator):
     def tensor_length(self, handle: TensorHandle, shared: bytes) -> TensorLength:
         """Return the length of the tensor's stream by part."""
         encoded = self.encode_tensor(handle, shared)
-        parts = sum_parts((name, 8.0 * len(data)) for name, data in encoded.parts)
+        parts = sum_parts(item for part in encoded.parts for item in part.bits().items())
         return TensorLength(parts, encoded.squared_error, encoded.exact)
 
 
@@ -203,36 +242,34 @@ class Coder(Code):
 
     def encode_parts(self, symbols: Symbols) -> list[Part]:
         """Return the stream cut into named parts; joined, they are what `encode` returns."""
-        return [("payload", self.encode(symbols))]
+        return [Part("payload", self.encode(symbols))]
 
     def encode_tensor(self, handle: TensorHandle, shared: bytes) -> EncodedTensor:
-        """Return the stream of the tensor's words; long tensors are coded in chunks of `CHUNK_WORDS`."""
-        return EncodedTensor(self.encode_words(words_of(handle.read()), _word_shape(handle.dtype, handle.shape)))
+        """Return the stream of the tensor's words, signed where the tensor is; long tensors are coded in chunks."""
+        words = words_of(handle.read()).view(_symbol_dtype(handle.dtype))
+        return EncodedTensor(self.encode_words(words, _word_shape(handle.dtype, handle.shape)))
 
     def decode_tensor(self, data: bytes, dtype: torch.dtype, shape: Shape, shared: bytes) -> torch.Tensor:
         """Return the tensor, bit for bit."""
-        words = self.decode_words(data, _word_shape(dtype, shape), word_dtype(dtype))
-        return tensor_from_words(words, dtype, shape)
+        words = self.decode_words(data, _word_shape(dtype, shape), _symbol_dtype(dtype))
+        return tensor_from_words(words.view(word_dtype(dtype)), dtype, shape)
 
     def encode_words(self, words: Symbols, shape: Shape) -> list[Part]:
         """Return the parts of flat integers, chunk by chunk; every chunk but the last is preceded by its length."""
-        if words.size <= CHUNK_WORDS:
-            return self.encode_parts(words.reshape(shape))
-        chunks = [self.encode_parts(words[start : start + CHUNK_WORDS]) for start in range(0, words.size, CHUNK_WORDS)]
-        lengths = join_lengths(sum(len(data) for _, data in chunk) for chunk in chunks[:-1])
-        return [(STRUCTURE, lengths), *(part for chunk in chunks for part in chunk)]
+        chunks = [self.encode_parts(words[start:stop].reshape(piece)) for start, stop, piece in _chunks(shape)]
+        lengths = [sum(len(part.data) for part in chunk) for chunk in chunks[:-1]]
+        structure = [Part(STRUCTURE, join_lengths(lengths))] if lengths else []
+        return [*structure, *(part for chunk in chunks for part in chunk)]
 
     def decode_words(self, data: bytes, shape: Shape, dtype: np.dtype[Any]) -> Symbols:
         """Return the integers of `encode_words` in the given shape."""
-        size = int(np.prod(shape, dtype=np.int64))
-        if size <= CHUNK_WORDS:
+        if math.prod(shape) <= CHUNK_WORDS:
             return self.decode(data, shape, dtype)
-        count = -(-size // CHUNK_WORDS)
-        pieces = split_lengths(data, count)
-        sizes = [min(CHUNK_WORDS, size - index * CHUNK_WORDS) for index in range(count)]
-        return np.concatenate(
-            [self.decode(piece, (length,), dtype) for piece, length in zip(pieces, sizes, strict=True)]
-        ).reshape(shape)
+        pieces = split_lengths(data, _chunk_count(shape))
+        decoded = [
+            self.decode(piece, chunk, dtype) for piece, (_, _, chunk) in zip(pieces, _chunks(shape), strict=True)
+        ]
+        return np.concatenate([words.reshape(-1) for words in decoded]).reshape(shape)
 
 
 class CodeLength(TensorwiseEstimator):
@@ -244,8 +281,8 @@ class CodeLength(TensorwiseEstimator):
 
     def tensor_length(self, handle: TensorHandle, shared: bytes) -> TensorLength:
         """Return the length of the tensor's words."""
-        symbols = words_of(handle.read()).reshape(_word_shape(handle.dtype, handle.shape))
-        return TensorLength({"payload": self.length(symbols)})
+        words = words_of(handle.read()).view(_symbol_dtype(handle.dtype))
+        return TensorLength({"payload": self.length(words.reshape(_word_shape(handle.dtype, handle.shape)))})
 
 
 class Transform(ABC):
@@ -410,6 +447,37 @@ def sum_parts(parts: Iterable[tuple[str, float]]) -> dict[str, float]:
     for name, bits in parts:
         total[name] = total.get(name, 0.0) + bits
     return total
+
+
+def _chunk_rows(shape: Shape) -> tuple[int, int]:
+    """Return the number of words that are never cut, and how many times that a chunk holds: rows where they fit."""
+    row = math.prod(shape[1:])
+    return (row, CHUNK_WORDS // row) if row <= CHUNK_WORDS else (1, CHUNK_WORDS)
+
+
+def _chunk_count(shape: Shape) -> int:
+    unit, units = _chunk_rows(shape)
+    return -(-math.prod(shape) // (unit * units))
+
+
+def _chunks(shape: Shape) -> Iterator[tuple[int, int, Shape]]:
+    """Yield begin, end and shape of the chunks of words in a shape."""
+    size = math.prod(shape)
+    if size <= CHUNK_WORDS:
+        yield 0, size, shape
+        return
+    unit, units = _chunk_rows(shape)
+    rest = shape[1:] if unit > 1 else ()
+    for start in range(0, size, unit * units):
+        stop = min(start + unit * units, size)
+        yield start, stop, ((stop - start) // unit, *rest)
+
+
+def _symbol_dtype(dtype: torch.dtype) -> np.dtype[np.integer[Any]]:
+    """Return the NumPy dtype in which coders see a tensor's words: signed for signed integers, else unsigned."""
+    words = word_dtype(dtype)
+    signed = dtype in (torch.int8, torch.int16, torch.int32, torch.int64)
+    return np.dtype(f"i{words.itemsize}") if signed else words
 
 
 def _word_shape(dtype: torch.dtype, shape: Shape) -> Shape:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
-from typing import Any, ClassVar, cast
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar, Self, cast
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from kcomplex.estimator import (
     Shape,
     Symbols,
     TensorLength,
+    TensorwiseEstimator,
     Transform,
 )
 from kcomplex.spec import build, full_spec_of, spec_of, split_stages
@@ -73,7 +74,7 @@ def build_estimator(spec: str | Estimator) -> Estimator:
     return result
 
 
-class _TwoStages(Estimator):
+class _TwoStages(TensorwiseEstimator):
     """A dataclass of two fields: a stage, and the estimator behind it."""
 
     @property
@@ -87,6 +88,16 @@ class _TwoStages(Estimator):
         """Both specifications with every option, joined by ``|``."""
         stage, behind = self._stages()
         return f"{full_spec_of(stage)}|{behind.full_spec}"
+
+    @property
+    def sequential(self) -> bool:
+        """Whether the estimator behind the stage learns from tensor to tensor."""
+        return bool(self._stages()[1].sequential)
+
+    def fresh(self) -> Self:
+        """Return the same stage with a fresh estimator behind it; see `TensorwiseEstimator.fresh`."""
+        behind = self._stages()[1].fresh()
+        return cast(Self, replace(cast(Any, self), **{fields(cast(Any, self))[1].name: behind}))
 
     def _stages(self) -> list[Any]:
         return [getattr(self, field.name) for field in fields(cast(Any, self))]
@@ -102,17 +113,17 @@ class TransformedCoder(_TwoStages, Coder):
 
     def encode(self, symbols: Symbols) -> bytes:
         """Return side information and the coded streams."""
-        return b"".join(data for _, data in self.encode_parts(symbols))
+        return b"".join(part.data for part in self.encode_parts(symbols))
 
     def encode_parts(self, symbols: Symbols) -> list[Part]:
         """Return side information (tables), lengths (structure) and the coder's parts of every stream."""
         side, streams = self.transform.split(symbols)
         coded = [self.coder.encode_parts(stream) for stream in streams]
-        lengths = [sum(len(data) for _, data in parts) for parts in coded]
+        lengths = [sum(len(part.data) for part in parts) for parts in coded]
         return [
-            ("structure", varint(len(side))),
-            ("tables", side),
-            ("structure", join_lengths(lengths[:-1])),
+            Part("structure", varint(len(side))),
+            Part("tables", side),
+            Part("structure", join_lengths(lengths[:-1])),
             *(part for parts in coded for part in parts),
         ]
 
@@ -173,8 +184,8 @@ class QuantisedCode(_TwoStages, Code):
         tensor = _QuantisedTensor(self.quantiser, handle, shared)
         codes, side = tensor.quantised.codes, tensor.quantised.side
         parts: list[Part] = [
-            ("structure", varint(len(side))),
-            ("tables", side),
+            Part("structure", varint(len(side))),
+            Part("tables", side),
             *self.coder.encode_words(codes.reshape(-1), codes.shape),
         ]
         return EncodedTensor(parts, tensor.squared_error, tensor.exact)

@@ -26,7 +26,8 @@ def encode_checkpoint(source: Source, estimator: str | Estimator) -> bytes:
         raise WeightsError(f"{code.spec!r} is of kind {code.kind}: it has no stream that could be decoded")
     weights = open_weights(source)
     shared = code.prepare(weights)
-    streams = [code.encode_tensor(handle, shared).to_bytes() for handle in weights.values()]
+    coder = code.fresh()
+    streams = [coder.encode_tensor(handle, shared).to_bytes() for handle in weights.values()]
     structure = encode_structure(code.full_spec, weights, len(shared), [len(stream) for stream in streams])
     return b"".join([structure, shared, *streams])
 
@@ -50,12 +51,13 @@ def decode_checkpoint(data: bytes) -> dict[str, torch.Tensor]:
     if len(data) != expected:
         raise StreamError(f"the stream has {len(data)} bytes where its structure announces {expected}")
     shared = data[structure.size : position]
+    decoder = code.fresh()
     tensors = {}
     for entry in structure.tensors:
         piece = data[position : position + entry.length]
         position += entry.length
         try:
-            tensor = code.decode_tensor(piece, entry.dtype, entry.shape, shared)
+            tensor = decoder.decode_tensor(piece, entry.dtype, entry.shape, shared)
         except (StreamError, MemoryError) as error:
             problem = str(error) or "it claims more memory than there is"
             raise StreamError(f"the tensor {entry.names[0]!r} can't be decoded: {problem}") from error

@@ -93,7 +93,7 @@ def test_gives_back_long_structured_integers(spec):
 def test_parts_are_the_stream(spec):
     built = coder(spec)
     words = np.arange(1000, dtype=np.uint32) % 7
-    assert b"".join(data for _, data in built.encode_parts(words)) == built.encode(words)
+    assert b"".join(part.data for part in built.encode_parts(words)) == built.encode(words)
 
 
 @pytest.mark.parametrize("spec", CODERS)
@@ -231,6 +231,15 @@ def test_palette_of_few_floats_indexes_them_in_ascending_order():
     assert indices.dtype == np.uint8
     assert indices.shape == (20, 20)
     assert indices.reshape(-1)[:4].tolist() == [1, 2, 1, 0]
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_palette_indices_of_a_quantised_tensor_follow_its_values(dtype):
+    values = np.round(np.random.default_rng(0).standard_normal((40, 30)) * 5).astype(dtype) / 8 + 0
+    side, [indices] = Palette().split(words := values.view(f"u{values.itemsize}"))
+    order = np.argsort(values, axis=None)
+    assert (np.diff(indices.reshape(-1)[order].astype(int)) >= 0).all()
+    assert same(Palette().join(side, [indices], words.shape, words.dtype), words)
 
 
 @pytest.mark.parametrize(
