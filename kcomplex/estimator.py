@@ -18,7 +18,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, NamedTuple, Self, TypeAlias
+from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -150,7 +150,7 @@ class TensorwiseEstimator(Estimator):
         """Whether a tensor's length depends on the tensors before it; its stream is then decoded after theirs."""
         return False
 
-    def fresh(self) -> Self:
+    def fresh(self) -> TensorwiseEstimator:
         """Return what measures, encodes or decodes the tensors of one stream in order.
 
         An estimator that learns from tensor to tensor returns a copy with a state of its own; any other, itself.
@@ -202,6 +202,10 @@ class Code(TensorwiseEstimator):
         """``code``."""
         return "code"
 
+    def fresh(self) -> Code:
+        """Return what encodes or decodes the tensors of one stream; see `TensorwiseEstimator.fresh`."""
+        return self
+
     @abstractmethod
     def encode_tensor(self, handle: TensorHandle, shared: bytes) -> EncodedTensor:
         """Return one tensor's stream."""
@@ -225,6 +229,10 @@ class Code(TensorwiseEstimator):
 
 class Coder(Code):
     """A lossless code for integers. Subclasses implement `encode` and `decode` and may itemise with `encode_parts`."""
+
+    def fresh(self) -> Coder:
+        """Return what encodes or decodes the tensors of one stream; see `TensorwiseEstimator.fresh`."""
+        return self
 
     @abstractmethod
     def encode(self, symbols: Symbols) -> bytes:

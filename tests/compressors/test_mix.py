@@ -1,0 +1,219 @@
+"""The tight codes give every integer back, learn from tensor to tensor, and find what there is to find."""
+
+import contextlib
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+import kcomplex as kc
+from kcomplex.compressors.binary_coder import (
+    as_bytes,
+    code_bit,
+    finish_decoding,
+    finish_encoding,
+    start_decoding,
+    start_encoding,
+)
+from kcomplex.compressors.entropy import Entropy
+from kcomplex.compressors.linear_prediction import Covariance, factor_in_place, windows
+from kcomplex.compressors.logistic import exponential, logarithm, tables
+from kcomplex.compressors.mix import Lin, Mix
+from kcomplex.errors import StreamError
+
+DTYPES = [np.dtype(kind + str(size)) for kind in "iu" for size in (1, 2, 4, 8)]
+GOLDEN = {
+    "mix": (
+        "01004fa75f14e4f48f84cf17143b30be54a277b0027c78b68b68c9e52d76b0d6fe05e5fe8dd6a0a0da7646804ec63b4e3b13"
+        "f38fc13311781cf10958e0e4a6760731b75048e338ca821a8b6b2a553cf7a7fff0b90261aaca887b03fa6a37f9a9b1c59449"
+        "9c6d80d70a25e3c69edd794cc391b0b7b70d595a27da34c79deb0110e8bb027c37530e"
+    ),
+    "lin": (
+        "05004f0702a75f14e4f48f84cf17143b30be54a277b0027c78b68b68c9e52d76b0d6fe05e5fe8dd6a0a0da7646804ec63b4e"
+        "3b13f38fc13311781cef6d010e69f54ba2c7ccf3e17d18b7e79592561129c7ae931d2d53979729df8a109371e97721202656"
+        "3a5d85dee3ba1430658232295e644a4dda343771005564dbdd897177f37a6463"
+    ),
+}
+
+
+def integers_of_any_size():
+    shapes = hnp.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=40)
+    return st.sampled_from(DTYPES).flatmap(
+        lambda dtype: hnp.arrays(dtype, shapes, elements=hnp.from_dtype(dtype), fill=st.just(dtype.type(3)))
+    )
+
+
+def small_integers():
+    """Matrices as quantisers make them: small numbers, enough rows for the prediction to begin."""
+    sides = st.tuples(st.integers(1, 60), st.integers(1, 30))
+    return sides.flatmap(lambda shape: hnp.arrays(np.int8, shape, elements=st.integers(-9, 9)))
+
+
+def correlated(rows: int, columns: int, scale: float, seed: int = 0) -> np.ndarray:
+    """Quantised rows of a Gaussian with four strong directions."""
+    random = np.random.default_rng(seed)
+    directions = random.standard_normal((4, columns))
+    values = random.standard_normal((rows, 4)) @ directions + 0.3 * random.standard_normal((rows, columns))
+    return np.clip(np.rint(values * scale), -127, 127).astype(np.int8)
+
+
+@pytest.mark.parametrize("coder", [Mix(), Lin()])
+@settings(max_examples=60, deadline=None)
+@given(symbols=integers_of_any_size())
+def test_any_integers_come_back(coder, symbols):
+    data = coder.encode(symbols)
+    decoded = coder.decode(data, symbols.shape, symbols.dtype)
+    assert decoded.dtype == symbols.dtype
+    assert np.array_equal(decoded, symbols)
+
+
+@pytest.mark.parametrize("coder", [Mix(), Lin()])
+@settings(max_examples=40, deadline=None)
+@given(tensors=st.lists(small_integers(), min_size=1, max_size=4))
+def test_tensors_come_back_in_order(coder, tensors):
+    encoder, decoder = coder.fresh(), coder.fresh()
+    for symbols in tensors:
+        view = symbols.T
+        assert np.array_equal(decoder.decode(encoder.encode(view), view.shape, view.dtype), view)
+
+
+@pytest.mark.parametrize("shape", [(3000,), (3001,), (1, 2500), (2, 70_000), (5, 4, 3, 2), (1200, 8), (8, 1200)])
+@pytest.mark.parametrize("coder", [Mix(), Lin()])
+def test_every_shape_comes_back(coder, shape):
+    symbols = np.random.default_rng(1).integers(-3, 4, shape).astype(np.int16)
+    data = coder.encode(symbols)
+    assert np.array_equal(coder.decode(data, shape, symbols.dtype), symbols)
+
+
+def test_windows_of_wide_matrices_are_predicted_each_by_itself():
+    assert windows(1024) == [(0, 1024)]
+    assert windows(1025) == [(0, 513), (513, 1025)]
+    symbols = correlated(140, 1100, 20.0)
+    data = Lin().encode(symbols)
+    assert np.array_equal(Lin().decode(data, symbols.shape, symbols.dtype), symbols)
+
+
+def test_matrices_learn_from_those_before_them():
+    first, second = correlated(300, 64, 20.0, seed=1), correlated(300, 64, 20.0, seed=1)[::-1].copy()
+    coder = Lin().fresh()
+    coder.encode(first)
+    assert len(coder.encode(second)) < 0.97 * len(Lin().encode(second))
+
+
+def test_linear_prediction_finds_what_columns_share():
+    symbols = correlated(2000, 48, 20.0)
+    assert len(Lin().encode(symbols)) < 0.75 * len(Mix().encode(symbols))
+    assert len(Lin().encode(symbols.T)) < 0.75 * len(Mix().encode(symbols))
+
+
+def test_scales_of_rows_and_columns_are_found():
+    random = np.random.default_rng(0)
+    scales = np.exp(random.standard_normal((400, 1))) * np.exp(random.standard_normal((1, 100)))
+    symbols = np.clip(np.rint(random.laplace(size=(400, 100)) * scales), -127, 127).astype(np.int8)
+    assert len(Mix().encode(symbols)) < 0.9 * len(Entropy().encode(symbols))
+
+
+@pytest.mark.parametrize("coder", [Mix(), Lin()])
+@pytest.mark.parametrize("levels", [2, 15, 255])
+def test_nothing_is_won_from_noise(coder, levels):
+    """Shuffled symbols: no stream is shorter than the number of their arrangements takes."""
+    random = np.random.default_rng(levels)
+    symbols = np.clip(np.rint(random.laplace(size=(200, 150)) * levels / 8), -(levels // 2), levels // 2)
+    symbols = random.permutation(symbols.astype(np.int8).reshape(-1)).reshape(200, 150)
+    counts = np.unique(symbols, return_counts=True)[1]
+    arrangements = math.lgamma(symbols.size + 1) - sum(math.lgamma(count + 1) for count in counts.tolist())
+    bits = 8 * len(coder.encode(symbols))
+    assert arrangements / math.log(2) <= bits < 1.02 * arrangements / math.log(2) + 4000
+
+
+def test_bits_are_shared_out_among_fields():
+    symbols = correlated(300, 64, 20.0)
+    description = kc.describe({"w": torch.from_numpy(symbols)}, "lin")[0]
+    assert {"zero flags", "signs", "magnitudes", "tables", "structure"} <= set(description.parts)
+    assert math.fsum(description.parts.values()) == description.bits
+    assert 0.05 < description.parts["signs"] / symbols.size < 1.2
+
+
+@pytest.mark.parametrize("coder", [Mix(), Lin()])
+@settings(max_examples=80, deadline=None)
+@given(data=st.data())
+def test_a_damaged_stream_is_refused_or_decodes_to_other_integers(coder, data):
+    symbols = correlated(40, 20, 5.0)
+    stream = bytearray(coder.encode(symbols))
+    position = data.draw(st.integers(0, len(stream) - 1))
+    stream[position] ^= data.draw(st.integers(1, 255))
+    with contextlib.suppress(StreamError):
+        assert coder.decode(bytes(stream), symbols.shape, symbols.dtype).shape == symbols.shape
+
+
+@pytest.mark.parametrize("coder", [Mix(), Lin()])
+def test_missing_and_additional_bytes_are_refused(coder):
+    symbols = correlated(40, 20, 5.0)
+    stream = coder.encode(symbols)
+    for damaged in (stream[: len(stream) // 2], stream + b"\1", stream[:1], b""):
+        with pytest.raises(StreamError):
+            coder.decode(damaged, symbols.shape, symbols.dtype)
+
+
+def test_a_few_bytes_that_announce_very_many_integers_are_refused():
+    stream = Mix().encode(np.zeros((8, 8), np.int8))
+    with pytest.raises(StreamError, match="can't hold"):
+        Mix().decode(stream, (1 << 20, 1 << 12), np.dtype(np.int8))
+
+
+@settings(max_examples=100, deadline=None)
+@given(decisions=st.lists(st.tuples(st.booleans(), st.integers(1, 65535)), max_size=300))
+def test_binary_decisions_come_back_at_their_price(decisions):
+    state, data = start_encoding(), np.zeros(2 * len(decisions) + 16, np.uint8)
+    for bit, probability in decisions:
+        code_bit(False, state, data, int(bit), probability)
+    stream = finish_encoding(state, data)
+    price = -sum(math.log2((p if bit else 65536 - p) / 65536) for bit, p in decisions)
+    assert 8 * len(stream) <= price + 16
+    state, data = start_decoding(as_bytes(stream)), as_bytes(stream)
+    assert [bool(code_bit(True, state, data, 0, p)) for _, p in decisions] == [bit for bit, _ in decisions]
+    finish_decoding(state, data)
+
+
+def test_tables_are_those_of_the_functions():
+    x = np.linspace(-30, 30, 1001)
+    assert np.allclose(exponential(x), np.exp(x), rtol=1e-14, atol=0)
+    assert np.allclose(logarithm(np.exp(x)), x, rtol=0, atol=1e-14)
+    found = tables()
+    t = np.arange(1500) / 64
+    assert np.allclose(found.laplace[:1500], np.exp(-t) / 2, rtol=1e-13)
+    normal = [math.erfc(value * math.sqrt(2 / math.pi) / math.sqrt(2)) / 2 for value in t[:800]]
+    assert np.allclose(found.normal[:800], normal, rtol=1e-6)
+    assert (np.diff(found.squash) >= 0).all()
+    assert found.squash.min() == 1
+    assert found.squash.max() == 65535
+
+
+def test_our_factorisation_is_that_of_cholesky():
+    random = np.random.default_rng(0)
+    for size in (1, 5, 32, 33, 100):
+        sample = random.standard_normal((size + 20, size))
+        matrix = sample.T @ sample / size + 0.1 * np.eye(size)
+        factor = matrix.copy()
+        factor_in_place(factor)
+        assert np.allclose(factor, np.linalg.cholesky(matrix).T, atol=1e-12)
+
+
+def test_sums_of_products_are_exact_whatever_their_order():
+    rows = correlated(300, 40, 20.0).astype(np.float64)
+    one, other = Covariance.empty(40), Covariance.empty(40)
+    one.add(rows, 0.25)
+    other.add(rows[::-1], 0.25)
+    assert np.array_equal(one.sums[0], other.sums[0])
+
+
+@pytest.mark.parametrize("name", sorted(GOLDEN))
+def test_streams_of_this_version_stay_readable(name):
+    coder = {"mix": Mix(), "lin": Lin()}[name]
+    symbols = correlated(40, 6, 3.0)
+    assert coder.encode(symbols).hex() == GOLDEN[name]
+    assert np.array_equal(coder.decode(bytes.fromhex(GOLDEN[name]), symbols.shape, symbols.dtype), symbols)
