@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from kcomplex.cli.container import decode, encode, verify
 from kcomplex.cli.describe import describe
 from kcomplex.cli.estimators import estimators
 from kcomplex.cli.output import errors, printable
@@ -31,7 +32,7 @@ def build_app() -> typer.Typer:
         rich_markup_mode=None,
     )
     app.callback()(_options)
-    for command in (describe, estimators, runs, plot):
+    for command in (describe, encode, decode, verify, estimators, runs, plot):
         app.command(command.__name__)(command)
     commands = registry("kcomplex.commands")
     for name in commands.names():

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from kcomplex.errors import WeightsError
 from kcomplex.formats.content import kind_of
 from kcomplex.formats.guard import check_distinct, check_shape, guarded
 from kcomplex.weights import SkippedTensor, TensorHandle, Weights
@@ -72,6 +74,66 @@ class SafetensorsFile:
                     skipped.append(SkippedTensor(name, f"dtype {code} isn't supported", shape, code))
             resources = stack.pop_all()
         return Weights(tensors, skipped, str(path), resources)
+
+
+def original_layout(path: Path) -> tuple[dict[str, str], tuple[str, ...]] | None:
+    """Return the metadata of a safetensors file and its names in the order of their data; None for any other file.
+
+    The order is empty where it is that in which the safetensors library writes.
+    """
+    if not SafetensorsFile.recognises(path):
+        return None
+    with path.open("rb") as file:
+        header: dict[str, Any] = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    metadata = header.pop("__metadata__", {})
+    dtypes = {name: _DTYPES[entry["dtype"]] for name, entry in header.items() if entry["dtype"] in _DTYPES}
+    order = sorted(dtypes, key=lambda name: header[name]["data_offsets"])
+    usual = sorted(dtypes, key=lambda name: _library_rank(name, dtypes[name]))
+    return metadata, () if order == usual else tuple(order)
+
+
+def safetensors_header(
+    layout: Sequence[tuple[str, torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str], order: Sequence[str]
+) -> tuple[bytes, dict[str, int]]:
+    """Return the beginning of a safetensors file, and where each tensor's data stands after it, in bytes.
+
+    Parameters
+    ----------
+    layout
+        Name, dtype and shape of each tensor.
+    metadata
+        Texts by name.
+    order
+        Names in the order of their data; those that aren't in it follow, all in the safetensors library's order if
+        it is empty.
+
+    Raises
+    ------
+    WeightsError
+        Safetensors has no such dtype.
+    """
+    codes = {dtype: code for code, dtype in _DTYPES.items()}
+    ranks = {name: rank for rank, name in enumerate(order)}
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    offsets: dict[str, int] = {}
+    position = 0
+    for name, dtype, shape in sorted(
+        layout, key=lambda item: (ranks.get(item[0], len(ranks)), _library_rank(*item[:2]))
+    ):
+        if dtype not in codes:
+            raise WeightsError(f"the tensor {name!r} is {dtype}, which safetensors files can't hold: leave it out")
+        offsets[name] = position
+        end = position + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": codes[dtype], "shape": list(shape), "data_offsets": [position, end]}
+        position = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text, offsets
+
+
+def _library_rank(name: str, dtype: torch.dtype) -> tuple[int, str]:
+    """Return the key by which tensors are sorted: widest words first, which keeps every tensor aligned."""
+    return -dtype.itemsize, name
 
 
 def _refuse_duplicates(path: Path) -> None:

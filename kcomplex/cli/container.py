@@ -1,0 +1,76 @@
+"""``kcomplex encode``, ``decode`` and ``verify``: a checkpoint as a ``.kcz`` file, back, and the proof."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from kcomplex.cli.output import errors
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+_DEFAULT = "planes|zstd:level=19"
+
+
+def encode(
+    path: Annotated[str, typer.Argument(help="a checkpoint of any format that describe reads")],
+    output: Annotated[Path, typer.Option("--output", "-o", help=".kcz file to write")],
+    estimator: Annotated[str, typer.Option("--estimator", "-e", metavar="SPEC", help="a code")] = _DEFAULT,
+    jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="threads; the file doesn't depend on it")] = 1,
+) -> None:
+    """Write a checkpoint as a .kcz file that decode gives back."""
+    from kcomplex.container import encode_file
+    from kcomplex.weights import open_weights
+
+    with open_weights(path) as weights, _progress("encoding", weights.nbytes) as (bar, task):
+        size = encode_file(
+            path, output, estimator, jobs=jobs, progress=lambda handle: bar.update(task, advance=handle.nbytes)
+        )
+    bits = 8 * size / max(weights.elements, 1)
+    ratio = weights.nbytes / size
+    errors.print(f"wrote {output}: {size:,} bytes, {bits:.4f} bits a weight, raw / this = {ratio:.3f}", markup=False)
+    for item in weights.skipped:
+        errors.print(f"skipped {item.name}: {item.reason}", markup=False)
+
+
+def decode(
+    path: Annotated[Path, typer.Argument(help=".kcz file")],
+    output: Annotated[Path, typer.Option("--output", "-o", help=".safetensors file to write")],
+    jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="threads")] = 1,
+) -> None:
+    """Write the tensors of a .kcz file as a safetensors file."""
+    from kcomplex.container import Container, decode_file
+
+    with Container(path) as container:
+        total = len(container.entries)
+    with _progress("decoding", total) as (bar, task):
+        decode_file(path, output, jobs=jobs, progress=lambda _: bar.update(task, advance=1))
+    errors.print(f"wrote {output}: {total} tensors", markup=False)
+
+
+def verify(
+    path: Annotated[Path, typer.Argument(help=".kcz file")],
+    original: Annotated[str | None, typer.Argument(help="the checkpoint that it was made of")] = None,
+    jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="threads")] = 1,
+) -> None:
+    """Check every byte of a .kcz file, decode it, and compare it with the original; exit code 1 if they differ."""
+    from kcomplex.container import verify_file
+
+    error = verify_file(path, original, jobs=jobs)
+    told = "every bit" if error == 0 else f"quantised, mean squared error {error:.6g}"
+    compared = f"decodes and is what {original} holds" if original is not None else "is undamaged and decodes"
+    errors.print(f"{path} {compared} ({told})", markup=False)
+
+
+@contextmanager
+def _progress(what: str, total: float) -> Iterator[tuple[Progress, TaskID]]:
+    from rich.progress import Progress
+
+    with Progress(console=errors, transient=True, disable=not sys.stderr.isatty()) as bar:
+        yield bar, bar.add_task(what, total=max(total, 1))

@@ -1,0 +1,71 @@
+"""``kcomplex encode``, ``decode`` and ``verify`` through their entry point; each decodes in a process of its own."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+
+Run = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture
+def original(tmp_path: Path) -> Path:
+    generator = torch.Generator().manual_seed(0)
+    path = tmp_path / "model.safetensors"
+    tensors = {
+        "weight": torch.randn(64, 48, generator=generator),
+        "quantised": torch.randint(-7, 8, (64, 48), generator=generator, dtype=torch.int8),
+        "step": torch.tensor(12),
+    }
+    safetensors.torch.save_file(tensors, path, metadata={"format": "pt", "epoch": "9"})
+    return path
+
+
+@pytest.mark.parametrize("options", [(), ("-e", "lin"), ("-e", "palette|entropy", "-j", "2")])
+def test_a_checkpoint_goes_and_comes_back(tmp_path: Path, run: Run, original: Path, options: tuple[str, ...]) -> None:
+    packed, unpacked = str(tmp_path / "model.kcz"), tmp_path / "back.safetensors"
+    encoded = run("encode", str(original), "-o", packed, *options)
+    assert encoded.returncode == 0, encoded.stderr
+    assert "bits a weight" in encoded.stderr
+    decoded = run("decode", packed, "-o", str(unpacked))
+    assert decoded.returncode == 0, decoded.stderr
+    assert unpacked.read_bytes() == original.read_bytes()
+    verified = run("verify", packed, str(original))
+    assert verified.returncode == 0, verified.stderr
+    assert "every bit" in verified.stderr
+
+
+def test_verify_fails_where_the_original_is_another(tmp_path: Path, run: Run, original: Path) -> None:
+    packed = str(tmp_path / "model.kcz")
+    assert run("encode", str(original), "-o", packed).returncode == 0
+    tensors = safetensors.torch.load_file(original)
+    tensors["weight"][0, 0] += 1
+    safetensors.torch.save_file(tensors, original, metadata={"format": "pt", "epoch": "9"})
+    answer = run("verify", packed, str(original))
+    assert answer.returncode == 1
+    assert "'weight' isn't what was encoded" in answer.stderr
+    assert "Traceback" not in answer.stderr
+
+
+def test_bad_input_is_one_clear_error(tmp_path: Path, run: Run, original: Path) -> None:
+    packed = tmp_path / "model.kcz"
+    assert run("encode", str(original), "-o", str(packed)).returncode == 0
+    damaged = tmp_path / "damaged.kcz"
+    damaged.write_bytes(packed.read_bytes()[:-100])
+    for arguments, told in (
+        (("decode", str(damaged), "-o", str(tmp_path / "out.safetensors")), "truncated or corrupted"),
+        (("decode", str(original), "-o", str(tmp_path / "out.safetensors")), "isn't a .kcz file"),
+        (("verify", str(tmp_path / "nothing.kcz")), "no such file"),
+        (("encode", str(original), "-o", str(tmp_path / "out.kcz"), "-e", "l2"), "kind proxy"),
+        (("encode", str(original), "-o", str(original / "out.kcz")), "can't be written"),
+    ):
+        answer = run(*arguments)
+        assert answer.returncode == 2, arguments
+        assert told in answer.stderr
+        assert "Traceback" not in answer.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {"model.safetensors", "model.kcz", "damaged.kcz"}
