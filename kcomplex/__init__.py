@@ -10,10 +10,6 @@ from kcomplex.version import VERSION as __version__
 
 if TYPE_CHECKING:
     from kcomplex import modes as modes
-    from kcomplex.container import Container as Container
-    from kcomplex.container import decode_file as decode_file
-    from kcomplex.container import encode_file as encode_file
-    from kcomplex.container import verify_file as verify_file
     from kcomplex.description import Description as Description
     from kcomplex.description import Descriptions as Descriptions
     from kcomplex.errors import KComplexError as KComplexError
@@ -28,7 +24,6 @@ if TYPE_CHECKING:
     from kcomplex.weights import open_weights as open_weights
 
 _PUBLIC = {
-    "Container": "kcomplex.container",
     "Description": "kcomplex.description",
     "Descriptions": "kcomplex.description",
     "KComplexError": "kcomplex.errors",
@@ -36,14 +31,11 @@ _PUBLIC = {
     "Weights": "kcomplex.weights",
     "attach": "kcomplex.tracking.tracker",
     "decode_checkpoint": "kcomplex.stream",
-    "decode_file": "kcomplex.container",
     "describe": "kcomplex.measure",
     "encode_checkpoint": "kcomplex.stream",
-    "encode_file": "kcomplex.container",
     "build_estimator": "kcomplex.pipeline",
     "load_runs": "kcomplex.tracking.frames",
     "open_weights": "kcomplex.weights",
-    "verify_file": "kcomplex.container",
 }
 __all__ = [*_PUBLIC, "__version__", "modes"]
 

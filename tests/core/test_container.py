@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kcomplex as kc
-from kcomplex.container import MAGIC
+from kcomplex.container import MAGIC, Container, decode_file, encode_file, verify_file
 from kcomplex.errors import (
     KComplexError,
     SourceNotFoundError,
@@ -58,7 +58,7 @@ def container_of(tensors: dict[str, torch.Tensor], spec: str) -> bytes:
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.kcz"
-        size = kc.encode_file(tensors, path, spec)
+        size = encode_file(tensors, path, spec)
         data = path.read_bytes()
     assert len(data) == size
     return data
@@ -66,7 +66,7 @@ def container_of(tensors: dict[str, torch.Tensor], spec: str) -> bytes:
 
 def read_whole(path: Path) -> None:
     """Read all that a container holds."""
-    kc.verify_file(path)
+    verify_file(path)
 
 
 @pytest.mark.parametrize("jobs", [1, 3])
@@ -76,19 +76,19 @@ def test_every_bit_comes_back(tmp_path: Path, spec: str, jobs: int) -> None:
     if spec.startswith("mosaic"):
         del tensors["nan"]
     path, output = tmp_path / "model.kcz", tmp_path / "model.safetensors"
-    kc.encode_file(tensors, path, spec, jobs=jobs)
-    kc.decode_file(path, output, jobs=jobs)
+    encode_file(tensors, path, spec, jobs=jobs)
+    decode_file(path, output, jobs=jobs)
     decoded = safetensors.torch.load_file(output)
     assert decoded.keys() == tensors.keys()
     for name, tensor in tensors.items():
         assert (decoded[name].dtype, decoded[name].shape) == (tensor.dtype, tensor.shape)
         assert words_of(decoded[name]).tobytes() == words_of(tensor).tobytes()
-    assert kc.verify_file(path, tensors, jobs=jobs) == 0
+    assert verify_file(path, tensors, jobs=jobs) == 0
 
 
 def test_the_file_does_not_depend_on_the_number_of_threads(tmp_path: Path) -> None:
     for jobs in (1, 3):
-        kc.encode_file(checkpoint(), tmp_path / f"{jobs}.kcz", "planes|zstd", jobs=jobs)
+        encode_file(checkpoint(), tmp_path / f"{jobs}.kcz", "planes|zstd", jobs=jobs)
     assert (tmp_path / "1.kcz").read_bytes() == (tmp_path / "3.kcz").read_bytes()
 
 
@@ -96,10 +96,10 @@ def test_a_safetensors_file_comes_back_with_metadata_and_order(tmp_path: Path) -
     original, path, output = (tmp_path / name for name in ("a.safetensors", "a.kcz", "b.safetensors"))
     tensors = noise_checkpoint() | {"bias": torch.zeros(7, dtype=torch.float16), "scalar": torch.tensor(2.5)}
     safetensors.torch.save_file(tensors, original, metadata={"format": "pt"})
-    kc.encode_file(original, path, "planes|zstd")
-    kc.decode_file(path, output)
+    encode_file(original, path, "planes|zstd")
+    decode_file(path, output)
     assert output.read_bytes() == original.read_bytes()
-    assert kc.verify_file(path, original) == 0
+    assert verify_file(path, original) == 0
 
 
 def test_an_unusual_order_of_data_comes_back(tmp_path: Path) -> None:
@@ -114,16 +114,16 @@ def test_an_unusual_order_of_data_comes_back(tmp_path: Path) -> None:
     ).encode()
     header += b" " * (-len(header) % 8)
     original.write_bytes(len(header).to_bytes(8, "little") + header + bytes(range(16)))
-    kc.encode_file(original, path, "raw")
-    kc.decode_file(path, output)
+    encode_file(original, path, "raw")
+    decode_file(path, output)
     assert output.read_bytes() == original.read_bytes()
 
 
 def test_tensors_are_read_one_by_one(tmp_path: Path) -> None:
     tensors = checkpoint()
     for spec in ("planes|zstd", "lin"):
-        kc.encode_file(tensors, tmp_path / "model.kcz", spec)
-        with kc.Container(tmp_path / "model.kcz") as container:
+        encode_file(tensors, tmp_path / "model.kcz", spec)
+        with Container(tmp_path / "model.kcz") as container:
             assert container.estimator.split("|")[0].split(":")[0] in ("planes", "lin")
             for name in ("head", "counts", "embedding", "layer.bias", "counts"):
                 assert torch.equal(container.tensor(name), tensors[name])
@@ -136,7 +136,7 @@ def test_other_tensors_are_readable_when_one_was_changed(tmp_path: Path) -> None
     data = bytearray(container_of(noise_checkpoint(), "planes|zstd"))
     data[100] ^= 1
     path.write_bytes(data)
-    with kc.Container(path) as container:
+    with Container(path) as container:
         assert torch.equal(container.tensor("second"), noise_checkpoint()["second"])
         with pytest.raises(StreamError, match=r"model\.kcz.*'first' can't be decoded.*changed"):
             container.tensor("first")
@@ -146,37 +146,37 @@ def test_a_lossy_code_tells_its_error(tmp_path: Path) -> None:
     tensors = checkpoint()
     del tensors["nan"]
     path = tmp_path / "model.kcz"
-    kc.encode_file(tensors, path, "uniform:bits=4|entropy")
+    encode_file(tensors, path, "uniform:bits=4|entropy")
     (description,) = kc.describe(tensors, "uniform:bits=4|entropy")
     assert description.distortion
-    assert kc.verify_file(path) == pytest.approx(description.distortion)
-    assert kc.verify_file(path, tensors) == pytest.approx(description.distortion)
+    assert verify_file(path) == pytest.approx(description.distortion)
+    assert verify_file(path, tensors) == pytest.approx(description.distortion)
     tensors["layer.weight"][3, 4] += 1
     with pytest.raises(VerificationError, match=r"'layer\.weight' isn't what was encoded"):
-        kc.verify_file(path, tensors)
+        verify_file(path, tensors)
 
 
 def test_verify_tells_what_differs(tmp_path: Path) -> None:
     path = tmp_path / "model.kcz"
-    kc.encode_file(checkpoint(), path, "zstd")
+    encode_file(checkpoint(), path, "zstd")
     changed = checkpoint()
     changed["counts"][39, 49] += 1
     with pytest.raises(VerificationError, match="'counts' isn't what was encoded"):
-        kc.verify_file(path, changed)
+        verify_file(path, changed)
     fewer = checkpoint()
     del fewer["mask"]
     with pytest.raises(VerificationError, match="other tensors"):
-        kc.verify_file(path, fewer)
+        verify_file(path, fewer)
     safetensors.torch.save_file(noise_checkpoint(), tmp_path / "a.safetensors", metadata={"epoch": "1"})
-    kc.encode_file(tmp_path / "a.safetensors", path, "zstd")
+    encode_file(tmp_path / "a.safetensors", path, "zstd")
     safetensors.torch.save_file(noise_checkpoint(), tmp_path / "a.safetensors", metadata={"epoch": "2"})
     with pytest.raises(VerificationError, match="other metadata"):
-        kc.verify_file(path, tmp_path / "a.safetensors")
+        verify_file(path, tmp_path / "a.safetensors")
 
 
 def test_the_container_adds_little_to_the_code(tmp_path: Path) -> None:
     tensors = checkpoint()
-    size = kc.encode_file(tensors, tmp_path / "model.kcz", "palette|entropy")
+    size = encode_file(tensors, tmp_path / "model.kcz", "palette|entropy")
     (description,) = kc.describe(tensors, "palette|entropy")
     overhead = size - description.bits / 8
     assert 0 < overhead <= 50 + 8 * (len(tensors) + 1)
@@ -184,25 +184,25 @@ def test_the_container_adds_little_to_the_code(tmp_path: Path) -> None:
 
 def test_a_proxy_has_no_file(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match="kind proxy"):
-        kc.encode_file(checkpoint(), tmp_path / "model.kcz", "l2")
+        encode_file(checkpoint(), tmp_path / "model.kcz", "l2")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_nothing_half_written_stays(tmp_path: Path) -> None:
     path = tmp_path / "model.kcz"
     with pytest.raises(WeightsError, match="NaN"):
-        kc.encode_file({"a": torch.ones(3), "b": torch.tensor([float("nan")])}, path, "uniform|zstd")
+        encode_file({"a": torch.ones(3), "b": torch.tensor([float("nan")])}, path, "uniform|zstd")
     data = bytearray(ten_kilobytes())
     data[len(data) // 3] ^= 4
     path.write_bytes(data)
     with pytest.raises(StreamError):
-        kc.decode_file(path, tmp_path / "model.safetensors")
+        decode_file(path, tmp_path / "model.safetensors")
     assert list(tmp_path.iterdir()) == [path]
 
 
 def test_what_is_not_a_container(tmp_path: Path) -> None:
     with pytest.raises(SourceNotFoundError, match="no such file"):
-        kc.Container(tmp_path / "nothing.kcz")
+        Container(tmp_path / "nothing.kcz")
     path = tmp_path / "model.kcz"
     for data, told in (
         (b"", "isn't a .kcz file"),
@@ -212,7 +212,7 @@ def test_what_is_not_a_container(tmp_path: Path) -> None:
     ):
         path.write_bytes(data)
         with pytest.raises(StreamError, match=told):
-            kc.Container(path)
+            Container(path)
 
 
 # 12 int8 weights with metadata under palette|entropy, as version 1 is written; every later kcomplex must read it.
@@ -226,7 +226,7 @@ GOLDEN = (
 def test_golden_file(tmp_path: Path) -> None:
     path, output = tmp_path / "model.kcz", tmp_path / "model.safetensors"
     path.write_bytes(bytes.fromhex(GOLDEN))
-    kc.decode_file(path, output)
+    decode_file(path, output)
     decoded = safetensors.torch.load_file(output)
     assert decoded["w"].tolist() == [[1, 2, 1, 2, 1, 1], [2, 2, 1, 1, 1, 2]]
     with safetensors.safe_open(output, "pt") as file:
