@@ -56,6 +56,32 @@ def code_bit(decoding: bool, state: CoderState, data: Bytes, bit: int, probabili
         high = middle
     else:
         low = middle + _U1
+    _shift(decoding, state, data, low, high)
+    return bit
+
+
+@compiled
+def code_evenly(decoding: bool, state: CoderState, data: Bytes, value: int, bits: int) -> int:
+    """Return an integer of up to 16 bits that was decoded, or that was encoded, all of them being equally probable."""
+    low, high = state[_LOW], state[_HIGH]
+    share = (high - low) >> np.uint64(bits)
+    if share < _FRACTION:
+        # Hardly ever: the bounds are too near to each other for parts of equal size.
+        known = 0
+        for place in range(bits - 1, -1, -1):
+            known = 2 * known + code_bit(decoding, state, data, (value >> place) & 1, 32768)
+        return known
+    if decoding:
+        part = np.int64((state[_CODE] - low) // share)
+        value = min(int(part), (1 << bits) - 1)
+    low += share * np.uint64(value)
+    _shift(decoding, state, data, low, low + share - _U1)
+    return value
+
+
+@compiled
+def _shift(decoding: bool, state: CoderState, data: Bytes, low: np.uint64, high: np.uint64) -> None:
+    """Write (or read over) the bytes on which both bounds agree."""
     while ((low ^ high) >> _U56) == _U0:
         position = np.int64(state[POSITION])
         if decoding:
@@ -67,7 +93,6 @@ def code_bit(decoding: bool, state: CoderState, data: Bytes, bit: int, probabili
         low = low << _U8
         high = (high << _U8) | _BYTE
     state[_LOW], state[_HIGH] = low, high
-    return bit
 
 
 def finish_encoding(state: CoderState, data: Bytes) -> bytes:

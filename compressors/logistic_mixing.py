@@ -73,6 +73,17 @@ def new_mixer(contexts: int, nodes: int, values: int, first: int, second: int) -
     )
 
 
+def copied(mixer: Mixer) -> Mixer:
+    """Return a mixer that knows the same and learns for itself."""
+    return mixer._replace(
+        maps=mixer.maps.copy(),
+        quick=mixer.quick.copy(),
+        first=mixer.first.copy(),
+        second=mixer.second.copy(),
+        decisions=mixer.decisions.copy(),
+    )
+
+
 @compiled
 def learning_rate(mixer: Mixer) -> int:
     """Return the mixer's rate in 1/2**20: 0.0003, and 0.002 more at the beginning."""

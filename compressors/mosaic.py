@@ -21,18 +21,19 @@ from kcomplex.compressors.codebook import (
     unpack_codebook,
     widen,
 )
-from kcomplex.compressors.repeated_blocks import find_blocks, repeated_blocks
+from kcomplex.compressors.repeated_blocks import LARGEST_FOUND, best_block_size, find_blocks, repeated_blocks
 from kcomplex.errors import SpecError, StreamError, WeightsError
 from kcomplex.estimator import Layout, Quantised, Quantiser, Shape
 from kcomplex.motifs import blocks_of, draw_motifs, motif_count, update_motifs
 from kcomplex.nearest import Rows, distinct, nearest
-from kcomplex.structure import Reader
+from kcomplex.structure import Reader, varint
 from kcomplex.weights import TensorHandle
 
 _SINGLE, _DOUBLE = np.dtype(np.float32), np.dtype(np.float64)
 _LLOYD_STEPS = 8
 # Every tensor is padded to whole blocks.
 _LARGEST_BLOCK = 1 << 16
+_FITTED_BLOCK = 4
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,8 @@ class Mosaic(Quantiser):
     Parameters
     ----------
     s
-        Weights a block, 1 to 65,536. A tensor is cut in C order; its last block may be shorter.
+        Weights a block, 1 to 65,536. A tensor is cut in C order; its last block may be shorter. None: the size up to 64
+        at which repeated blocks make the weights shortest is found; 4 where motifs are fitted.
     k
         Number of motifs, the zero motif included, which is free.
     capacity
@@ -68,14 +70,14 @@ class Mosaic(Quantiser):
     the blocks that fit worst. Motifs are float32.
     """
 
-    s: int = 4
+    s: int | None = None
     k: int | None = None
     capacity: float | None = None
     seed: int = 0
     name: ClassVar[str] = "mosaic"
 
     def __post_init__(self) -> None:
-        if not 1 <= self.s <= _LARGEST_BLOCK:
+        if self.s is not None and not 1 <= self.s <= _LARGEST_BLOCK:
             raise SpecError(f"mosaic: s must be 1 to {_LARGEST_BLOCK}, not {self.s}")
         if self.k is not None and self.capacity is not None:
             raise SpecError("mosaic: k and capacity exclude each other: give one of them, or none to lose nothing")
@@ -96,13 +98,16 @@ class Mosaic(Quantiser):
         """
         handles = list(tensors)
         if self._lossy:
-            books: list[NDArray[np.floating[Any]]] = [self._fitted(handles), np.zeros((0, self.s))]
+            size, told = self.s or _FITTED_BLOCK, b""
+            books: list[NDArray[np.floating[Any]]] = [self._fitted(handles, size), np.zeros((0, size))]
         else:
+            groups = [[handle for handle in handles if _values_dtype(handle) == dtype] for dtype in (_SINGLE, _DOUBLE)]
+            size = self.s or best_block_size(groups)
+            told = b"" if self.s else varint(size)
             books = [
-                repeated_blocks([handle for handle in handles if _values_dtype(handle) == dtype], self.s, dtype)
-                for dtype in (_SINGLE, _DOUBLE)
+                repeated_blocks(group, size, dtype) for group, dtype in zip(groups, (_SINGLE, _DOUBLE), strict=True)
             ]
-        return b"".join(pack_codebook(sorted_rows(book)) for book in books)
+        return told + b"".join(pack_codebook(sorted_rows(book)) for book in books)
 
     def quantise(self, values: NDArray[np.floating[Any]], shared: bytes) -> Quantised:
         """Return indices, flat; or words and the code of their dtype, where a block isn't in the codebook.
@@ -115,7 +120,7 @@ class Mosaic(Quantiser):
         table = self._table(values.dtype, shared)
         index = _index_dtype(len(table))
         if self._lossy:
-            blocks = blocks_of([values], self.s)
+            blocks = blocks_of([values], table.shape[1])
             return Quantised(nearest(blocks.rows, table.astype(np.float64), blocks.real).astype(index))
         rows = find_blocks(bits_of(values).reshape(-1), bits_of(table))
         if rows is not None:
@@ -127,7 +132,8 @@ class Mosaic(Quantiser):
         """Return shape and dtype of indices or words; see `Quantiser.layout`."""
         if side:
             return shape, narrow_word_dtype(self._literal(side), dtype)
-        return (-(-math.prod(shape) // self.s),), _index_dtype(len(self._table(dtype, shared)))
+        table = self._table(dtype, shared)
+        return (-(-math.prod(shape) // table.shape[1]),), _index_dtype(len(table))
 
     def reconstruct(
         self, quantised: Quantised, shape: Shape, dtype: np.dtype[Any], shared: bytes
@@ -156,15 +162,15 @@ class Mosaic(Quantiser):
 
     def _table(self, dtype: np.dtype[Any], shared: bytes) -> NDArray[np.floating[Any]]:
         """Return the motifs for values of a dtype, of shape (k, s), the zero motif first."""
-        single, double = _tables(shared, self.s)
+        single, double = _tables(shared, self.s or (_FITTED_BLOCK if self._lossy else None))
         return double if dtype == _DOUBLE and not self._lossy else single
 
-    def _fitted(self, handles: Sequence[TensorHandle]) -> NDArray[np.float32]:
+    def _fitted(self, handles: Sequence[TensorHandle], size: int) -> NDArray[np.float32]:
         """Return motifs fitted to the blocks of all tensors, without the zero motif."""
-        blocks = blocks_of([handle.values() for handle in handles], self.s, [handle.name for handle in handles])
+        blocks = blocks_of([handle.values() for handle in handles], size, [handle.name for handle in handles])
         total = len(blocks.rows)
         if not total:
-            return np.zeros((0, self.s), _SINGLE)
+            return np.zeros((0, size), _SINGLE)
         largest = float(np.abs(blocks.rows).max())
         if largest > float(np.finfo(_SINGLE).max):
             raise WeightsError(
@@ -180,9 +186,13 @@ class Mosaic(Quantiser):
 
 
 @lru_cache(maxsize=2)
-def _tables(shared: bytes, size: int) -> tuple[NDArray[np.floating[Any]], NDArray[np.floating[Any]]]:
+def _tables(shared: bytes, size: int | None) -> tuple[NDArray[np.floating[Any]], NDArray[np.floating[Any]]]:
     # Every tensor asks for them anew.
     reader = Reader(shared)
+    if size is None:
+        size = reader.varint()
+        if not 1 <= size <= LARGEST_FOUND:
+            raise StreamError(f"a mosaic of blocks of {size} weights: the stream is corrupted")
     tables = []
     for dtype in (_SINGLE, _DOUBLE):
         rows = unpack_codebook(reader, size, dtype)

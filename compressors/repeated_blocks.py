@@ -15,6 +15,52 @@ from kcomplex.weights import TensorHandle, Words
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 
 
+# Block sizes that are tried where none is given, and how many words of all tensors they are tried on.
+LARGEST_FOUND = 64
+_SAMPLED_WORDS = 1 << 22
+_USUAL_SIZE = 4
+
+
+def best_block_size(groups: Sequence[Sequence[TensorHandle]]) -> int:
+    """Return the weights a block at which repeated blocks make tensors shortest; 4 where they do at no size.
+
+    Lengths are those of `repeated_blocks`, on the beginning of each tensor where there are more than 4 million weights:
+    linear in the weights, with a sort of a 64-bit key for each block of each size.
+
+    Parameters
+    ----------
+    groups
+        Tensors whose values are of one dtype each, float32 and float64: each group has a codebook of its own.
+    """
+    total = sum(handle.elements for group in groups for handle in group)
+    share = min(1.0, _SAMPLED_WORDS / max(total, 1))
+    samples = []
+    for group in groups:
+        patterns = [bits_of(handle.values()).reshape(-1) for handle in group]
+        patterns = [words[: int(words.size * share)] for words in patterns]
+        lengths = [_word_length(handle.words()[: words.size]) for handle, words in zip(group, patterns, strict=True)]
+        samples.append((patterns, lengths, [8 * handle.dtype.itemsize for handle in group]))
+    plain = sum(sum(lengths) for _, lengths, _ in samples)
+    found = {size: sum(_mosaic_length(*sample, size) for sample in samples) for size in range(2, LARGEST_FOUND + 1)}
+    best = min(found, key=lambda size: found[size])
+    return best if found[best] < plain else _USUAL_SIZE
+
+
+def _mosaic_length(patterns: list[Words], word_lengths: list[float], word_bits: list[int], size: int) -> float:
+    """Return the bits of tensors as blocks of a size, each tensor's at most those of its words."""
+    keys = [_keys(_blocks(words, size)[0]) for words in patterns]
+    if not any(key.size for key in keys):
+        return sum(word_lengths)
+    _, labels, counts = np.unique(np.concatenate(keys), return_inverse=True, return_counts=True)
+    costs = np.log2(counts.sum() / counts)
+    total, position = 0.0, 0
+    for key, length, bits in zip(keys, word_lengths, word_bits, strict=True):
+        own = labels.reshape(-1)[position : position + key.size]
+        position += key.size
+        total += min(length, float(costs[own].sum() + bits * size * (1.0 / counts[own]).sum()))
+    return total
+
+
 def find_blocks(words: Words, table: Words) -> NDArray[np.intp] | None:
     """Return the row of the table that each block of flat words equals bit for bit; None where a block isn't in it.
 
