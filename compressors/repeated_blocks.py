@@ -54,10 +54,11 @@ def _mosaic_length(patterns: list[Words], word_lengths: list[float], word_bits: 
     _, labels, counts = np.unique(np.concatenate(keys), return_inverse=True, return_counts=True)
     costs = np.log2(counts.sum() / counts)
     total, position = 0.0, 0
-    for key, length, bits in zip(keys, word_lengths, word_bits, strict=True):
+    for words, key, length, bits in zip(patterns, keys, word_lengths, word_bits, strict=True):
         own = labels.reshape(-1)[position : position + key.size]
         position += key.size
-        total += min(length, float(costs[own].sum() + bits * size * (1.0 / counts[own]).sum()))
+        blocks = float((1.0 / counts[own]).sum()) + (words.size % size > 0)
+        total += min(length, float(costs[own].sum()) + bits * size * blocks)
     return total
 
 
@@ -92,8 +93,8 @@ def repeated_blocks(
     """Return the distinct blocks of the tensors that are shorter as a mosaic than word by word, of shape (k, s).
 
     The zero block is left out: it is in every codebook. A tensor stays out if its indices and its share of the
-    codebook, an equal one for every use of a block, cost more than its words; both are counted at their empirical
-    entropy, tables included, so that the answer doesn't depend on the coder.
+    codebook (an equal one for every use of a block, and a block for what is left after the last) cost more than its
+    words; both are counted at their empirical entropy, tables included, so that the answer doesn't depend on the coder.
 
     Parameters
     ----------
@@ -130,7 +131,8 @@ def _worthwhile(
         for index in kept:
             own = labels[index]
             row_bits = 8 * block_size * handles[index].dtype.itemsize
-            length = float(index_bits[own].sum() + row_bits * share[own].sum())
+            blocks = float(share[own].sum()) + (handles[index].elements % block_size > 0)
+            length = float(index_bits[own].sum()) + row_bits * blocks
             # Counting words takes longer than counting blocks, and most tensors need no count to be left out.
             if length < 8 * handles[index].nbytes:
                 if index not in word_lengths:

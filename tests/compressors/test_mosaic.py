@@ -1,5 +1,6 @@
 """Mosaic: nothing is lost without a number of motifs, and a mosaic costs what it is worth."""
 
+import math
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 
@@ -82,6 +83,41 @@ def test_without_a_number_of_motifs_nothing_is_lost(dtype, size, coder):
 )
 def test_signed_zeros_subnormals_scalars_and_empty_tensors_come_back(array, size):
     check_lossless({"a": torch.tensor(array), "b": torch.tensor(array).flatten()}, f"mosaic:s={size}|raw")
+
+
+def network_of_motifs(size: int, motifs: int, scale: int) -> tuple[dict[str, torch.Tensor], float]:
+    """Return a network and the bits of its motifs as float32, and of indices of one width."""
+    shapes = ((250 * scale, 126), (128, 128 * scale), (64 * scale, 224))
+    generator = torch.Generator().manual_seed(size)
+    bank = torch.randn(motifs, size, generator=generator)
+    tensors, blocks = {}, 0
+    for index, shape in enumerate(shapes):
+        count = -(-math.prod(shape) // size)
+        chosen = torch.randint(0, motifs, (count,), generator=generator)
+        tensors[f"w{index}"] = bank[chosen].reshape(-1)[: math.prod(shape)].reshape(shape).clone()
+        blocks += count
+    return tensors, motifs * size * 32 + blocks * math.log2(motifs)
+
+
+@pytest.mark.parametrize(("size", "motifs"), [(2, 50), (4, 256), (5, 90), (16, 40)])
+def test_the_size_of_blocks_is_found(size, motifs):
+    tensors, bits = network_of_motifs(size, motifs, 1)
+    assert check_lossless(tensors, "mosaic|entropy").bits < 1.02 * bits + 8 * 200
+    told = describe(tensors, f"mosaic:s={size}|entropy")[0].bits
+    assert describe(tensors, "mosaic|entropy")[0].bits <= told + 8 * 6
+
+
+@pytest.mark.slow
+def test_the_size_of_blocks_of_a_million_weights_is_found():
+    tensors, bits = network_of_motifs(4, 256, 16)
+    assert sum(tensor.numel() for tensor in tensors.values()) > 950_000
+    assert check_lossless(tensors, "mosaic|entropy").bits < 1.02 * bits
+
+
+def test_the_size_of_blocks_is_found_for_each_dtype_together():
+    single, _ = network_of_motifs(6, 40, 1)
+    tensors = {"a": single["w0"], "b": single["w0"].double() * 0.1}
+    assert check_lossless(tensors, "mosaic|entropy").bits_per_weight < 2
 
 
 def test_a_network_of_motifs_costs_its_motifs_and_the_entropy_of_its_indices():
