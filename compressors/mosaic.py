@@ -29,7 +29,8 @@ from kcomplex.nearest import Rows, distinct, nearest
 from kcomplex.structure import Reader, varint
 from kcomplex.weights import TensorHandle
 
-_SINGLE, _DOUBLE = np.dtype(np.float32), np.dtype(np.float64)
+_SINGLE: np.dtype[Any] = np.dtype(np.float32)
+_DOUBLE: np.dtype[Any] = np.dtype(np.float64)
 _LLOYD_STEPS = 8
 # Every tensor is padded to whole blocks.
 _LARGEST_BLOCK = 1 << 16
