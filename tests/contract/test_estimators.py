@@ -42,6 +42,8 @@ SPECS = [
     "mix",
     "lin",
     "palette|lin",
+    "best",
+    "best:tier=tight",
     "uniform:bits=4|mix",
     "planes|zstd",
     "planes:unit=bit|entropy",
