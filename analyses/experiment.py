@@ -18,6 +18,7 @@ from kcomplex.analyses.networks import network
 from kcomplex.errors import SourceNotFoundError, SpecError
 from kcomplex.pipeline import build_estimator
 from kcomplex.training.mode import mode
+from kcomplex.training.schedule import Schedule
 
 DEFAULT_ESTIMATORS = ("raw", "zstd:level=19", "lzma", "palette|entropy")
 
@@ -49,7 +50,15 @@ class Experiment:
     optimizer
         ``adamw``, or ``sgd`` with momentum 0.9.
     schedule
-        Of the learning rate: ``cosine`` falls to zero over each phase, ``constant`` stays.
+        Of the learning rate: ``cosine`` falls over each phase, ``constant`` stays.
+    warm_up_epochs
+        Over the first epochs the learning rate rises from zero.
+    lr_floor
+        Share of the learning rate that ``cosine`` falls to.
+    window
+        Epochs that the stopping rule of `kcomplex.training.schedule` looks at, on the validation images; 0 trains all.
+    min_epochs
+        Epochs that it leaves alone before the mode prunes.
     seed
         Of initialisation, shuffling and whatever the mode draws.
     estimators
@@ -79,6 +88,10 @@ class Experiment:
     weight_decay: float = 0.0
     optimizer: Literal["adamw", "sgd"] = "adamw"
     schedule: Literal["cosine", "constant"] = "cosine"
+    warm_up_epochs: int = 0
+    lr_floor: float = 0.0
+    window: int = 0
+    min_epochs: int = 0
     seed: int = 0
     estimators: tuple[str, ...] = DEFAULT_ESTIMATORS
     every: int = 1
@@ -97,9 +110,10 @@ class Experiment:
             _check_type(field, value, hint)
         if not self.name or self.name != Path(self.name).name or self.name in (".", ".."):
             raise SpecError(f"name must be a plain folder name, not {self.name!r}")
-        for field, least in (("epochs", 1), ("fine_tune_epochs", 0), ("batch_size", 1), ("every", 1), ("threads", 1)):
+        for field, least in (("batch_size", 1), ("every", 1), ("threads", 1)):
             if getattr(self, field) < least:
                 raise SpecError(f"{field} must be {least} or more, not {getattr(self, field)}")
+        self.phases()
         if not 0 <= self.seed < 1 << 63:
             raise SpecError(f"seed must be in [0, 2**63), not {self.seed}")
         if not (math.isfinite(self.lr) and self.lr > 0):
@@ -112,6 +126,18 @@ class Experiment:
             raise SpecError(f"device {self.device!r} isn't known to PyTorch: {error}") from error
         if not self.estimators:
             raise SpecError("estimators must name at least one estimator, for example 'palette|entropy'")
+
+    def phases(self) -> Schedule:
+        """Return the phases of the training."""
+        return Schedule(
+            epochs=self.epochs,
+            fine_tune_epochs=self.fine_tune_epochs,
+            window=self.window,
+            min_epochs=self.min_epochs,
+            learning_rate=self.schedule,
+            warm_up_epochs=self.warm_up_epochs,
+            floor=self.lr_floor,
+        )
 
     def check(self) -> None:
         """Build the network's recipe, the mode and the estimators, so that a wrong one shows before anything trains.

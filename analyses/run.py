@@ -122,7 +122,7 @@ def _train(training: Training, path: Path, progress: Progress | None) -> None:
     ) as tracker:
         while not training.finished:
             metrics = training.run_epoch()
-            if training.epoch % experiment.every == 0 or training.epoch == experiment.epochs or training.finished:
+            if training.epoch % experiment.every == 0 or training.phase_ended:
                 tracker.capture()
                 tracker.log(metrics)
             training.save(checkpoint)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 import pickle
@@ -18,6 +19,7 @@ from kcomplex.analyses.networks import network
 from kcomplex.errors import RunError
 from kcomplex.files import replacing
 from kcomplex.training.mode import Mode, mode
+from kcomplex.training.schedule import Course, Phase, Verdict
 
 # Images evaluated at once: bounds the memory that activations take.
 _EVALUATION_BATCH = 1000
@@ -48,9 +50,9 @@ class Training:
         self.mode = _with_samples(mode(experiment.mode), len(data.train))
         self.mode.prepare(self.model)
         self.optimizer = _optimizer(experiment, self.mode)
-        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._lr_factor)
+        self.course = Course(experiment.phases())
         self.shuffling = torch.Generator().manual_seed(experiment.seed)
-        self.epoch = 0
+        self._kept: dict[str, Any] | None = None
 
     @property
     def steps_per_epoch(self) -> int:
@@ -58,22 +60,30 @@ class Training:
         return math.ceil(len(self.data.train) / self.experiment.batch_size)
 
     @property
+    def epoch(self) -> int:
+        """Epochs so far."""
+        return self.course.epoch
+
+    @property
     def step(self) -> int:
         """Optimiser steps so far."""
         return self.epoch * self.steps_per_epoch
 
     @property
+    def phase_ended(self) -> bool:
+        """Whether the last epoch was the last one of its phase."""
+        return self.course.epoch == self.course.begun
+
+    @property
     def finished(self) -> bool:
         """Whether the last epoch is over."""
-        return self.epoch == self.experiment.epochs + self.experiment.fine_tune_epochs
+        return self.course.phase == Phase.FINISHED
 
     def run_epoch(self) -> dict[str, float]:
         """Train for one epoch and return its metrics: accuracies in [0, 1], losses in nats, the mode's own numbers."""
         train_loss = self._pass()
         self.mode.after_epoch()
-        self.epoch += 1
-        if self.epoch == self.experiment.epochs:
-            self.mode.begin_fine_tuning(lambda: self.evaluate(self.data.validation)[0])
+        self._follow(self.course.after_epoch(self._objective(), self.mode.settled()))
         validation_loss, validation_accuracy = self.evaluate(self.data.validation)
         return {
             # Prefixed: a mode may report bits or weights, which are columns of the run store.
@@ -120,11 +130,11 @@ class Training:
             state = torch.load(path, map_location=self.experiment.device, weights_only=True)
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
-            self.scheduler.load_state_dict(state["scheduler"])
             self.mode.load_state_dict(state["mode"])
+            self.course.load_state_dict(state["course"])
+            self._kept = state["kept"]
             self.shuffling.set_state(state["shuffling"].cpu())
             torch.set_rng_state(state["global_generator"].cpu())
-            self.epoch = state["epoch"]
         except (OSError, RuntimeError, EOFError, KeyError, ValueError, TypeError, pickle.UnpicklingError) as error:
             raise RunError(f"{path}: the checkpoint can't be continued ({error}): remove the run's folder") from error
 
@@ -133,38 +143,55 @@ class Training:
         train = self.data.train
         order = torch.randperm(len(train), generator=self.shuffling).to(train.labels.device)
         total = torch.zeros((), dtype=torch.float64, device=train.labels.device)
-        for batch in torch.split(order, self.experiment.batch_size):
+        for number, batch in enumerate(torch.split(order, self.experiment.batch_size)):
+            factor = self.course.lr_factor_after(number / self.steps_per_epoch)
+            for group in self.optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * factor
             loss = cross_entropy(self.model(train.inputs[batch]), train.labels[batch])
             self.optimizer.zero_grad(set_to_none=True)
             (loss + self.mode.penalty()).backward()  # type: ignore[no-untyped-call]
             self.optimizer.step()
             self.mode.after_step()
-            self.scheduler.step()
             total += loss.detach().double() * len(batch)
         mean = float(total) / len(train)
         if not math.isfinite(mean):
             raise RunError(f"{self.experiment.name}: the training loss is {mean} in epoch {self.epoch + 1}: lower lr")
         return mean
 
-    def _lr_factor(self, step: int) -> float:
-        if self.experiment.schedule == "constant":
-            return 1.0
-        regularised = self.experiment.epochs * self.steps_per_epoch
-        fine_tuning = self.experiment.fine_tune_epochs * self.steps_per_epoch
-        if step < regularised or not fine_tuning:
-            return 0.5 * (1 + math.cos(math.pi * step / regularised))
-        return 0.5 * (1 + math.cos(math.pi * (step - regularised) / fine_tuning))
+    def _objective(self) -> float:
+        """Return what the stopping rule looks at; it costs an evaluation, so not where nothing stops early."""
+        if not self.experiment.window:
+            return math.nan
+        with torch.no_grad():
+            return self._validation_loss() + float(self.mode.penalty())
+
+    def _follow(self, verdict: Verdict) -> None:
+        if verdict.keep:
+            self._kept = copy.deepcopy({"model": self.model.state_dict(), "mode": self.mode.state_dict()})
+        if verdict.restore:
+            assert self._kept is not None
+            self.model.load_state_dict(self._kept["model"])
+            self.mode.load_state_dict(self._kept["mode"])
+        if verdict.prune:
+            self.mode.begin_fine_tuning(self._validation_loss, self._validation_error)
+        if verdict.prune or verdict.finished:
+            self._kept = None
+
+    def _validation_loss(self) -> float:
+        return self.evaluate(self.data.validation)[0]
+
+    def _validation_error(self) -> float:
+        return 1 - self.evaluate(self.data.validation)[1]
 
     def _state(self) -> dict[str, Any]:
         return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            # A schedule's function isn't state; LambdaLR leaves it out.
-            "scheduler": self.scheduler.state_dict(),
             "mode": self.mode.state_dict(),
+            "course": self.course.state_dict(),
+            "kept": self._kept,
             "shuffling": self.shuffling.get_state(),
             "global_generator": torch.get_rng_state(),
-            "epoch": self.epoch,
         }
 
 
@@ -177,6 +204,8 @@ def _with_samples(configured: Mode, samples: int) -> Mode:
 
 def _optimizer(experiment: Experiment, prepared: Mode) -> torch.optim.Optimizer:
     groups = prepared.parameter_groups(lr=experiment.lr, weight_decay=experiment.weight_decay)
+    for group in groups:
+        group["initial_lr"] = group["lr"]
     if experiment.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=experiment.lr, momentum=0.9)
     return torch.optim.AdamW(groups, lr=experiment.lr)

@@ -91,10 +91,19 @@ class Mode(ABC):
     def after_epoch(self) -> None:
         """Do what the method does after every epoch, before validation."""
 
-    def begin_fine_tuning(self, evaluate: Evaluate) -> None:
-        """End the regularised phase: prune what `evaluate`, the loss on held-out data in nats, says can go.
+    def settled(self) -> bool:
+        """Return whether the regularised phase may end before its time (see `kcomplex.training.schedule`)."""
+        return True
 
-        From here on `penalty` is zero and what was pruned stays pruned.
+    def begin_fine_tuning(self, evaluate: Evaluate, error: Evaluate | None = None) -> None:
+        """End the regularised phase and prune; from here on `penalty` is zero and what was pruned stays pruned.
+
+        Parameters
+        ----------
+        evaluate
+            Returns the loss on held-out data in nats, which says what can go.
+        error
+            Returns the share of mistakes on held-out data, for modes that go by accuracy.
         """
 
     def convert(self, model: nn.Module) -> nn.Module:

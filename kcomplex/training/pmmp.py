@@ -157,7 +157,7 @@ class PMMP(Mode):
                 companions["gamma"].clamp_(0, 1)
                 companions["u"].clamp_min_(0)
 
-    def begin_fine_tuning(self, evaluate: Evaluate) -> None:
+    def begin_fine_tuning(self, evaluate: Evaluate, error: Evaluate | None = None) -> None:
         """Prune by magnitude as much as the held-out loss tolerates, and fix what is pruned; see `tamade`."""
         state = self._attached()
         prune_tolerably((theta for theta, _ in self._pairs()), evaluate, self.tolerance)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -218,13 +219,47 @@ def test_a_mode_that_prices_parameters_gets_the_number_of_training_samples() -> 
 @pytest.mark.parametrize("schedule", ["cosine", "constant"])
 def test_the_learning_rate_falls_to_zero_in_each_phase_or_stays(schedule: Any) -> None:
     training = Training(dataclasses.replace(SHORT, schedule=schedule), load("digits"))
-    rates = []
-    for _ in range(3):
-        rates.append(training.scheduler.get_last_lr()[0])
+    rates: list[float] = []
+    training.optimizer.register_step_post_hook(lambda optimizer, *_: rates.append(optimizer.param_groups[0]["lr"]))
+    while not training.finished:
         training.run_epoch()
-    rates.append(training.scheduler.get_last_lr()[0])
-    expected = [0.01, 0.005, 0.01, 0.0] if schedule == "cosine" else [0.01] * 4
-    assert rates == pytest.approx(expected)
+    steps = training.steps_per_epoch
+    falling = [0.005 * (1 + math.cos(math.pi * step / (2 * steps))) for step in range(2 * steps)] + [
+        0.005 * (1 + math.cos(math.pi * step / steps)) for step in range(steps)
+    ]
+    assert rates == pytest.approx(falling if schedule == "cosine" else [0.01] * (3 * steps))
+
+
+@pytest.mark.usefixtures("unmeasured")
+@pytest.mark.parametrize("stop", [7, 9])
+def test_a_run_that_stops_early_is_shorter_and_goes_on_where_it_was_interrupted(tmp_path: Path, stop: int) -> None:
+    # A rate at which nothing is learnt: every phase is saturated as soon as its window is full.
+    experiment = dataclasses.replace(SHORT, epochs=50, fine_tune_epochs=30, window=6, lr=1e-9)
+    whole = run(experiment, tmp_path / "whole")
+    snapshots = load_snapshots(whole)
+    assert snapshots["epoch"].max() == 12
+
+    def interrupt(epoch: int, metrics: Mapping[str, float]) -> None:
+        if epoch == stop:
+            raise Interruption
+
+    with pytest.raises(Interruption):
+        run(experiment, tmp_path / "parts", progress=interrupt)
+    parts = run(experiment, tmp_path / "parts")
+    assert same(whole, parts)
+    assert load_snapshots(parts)["epoch"].max() == 12
+
+
+def test_the_best_turning_point_is_restored(monkeypatch: pytest.MonkeyPatch) -> None:
+    training = Training(dataclasses.replace(SHORT, epochs=24, window=24), load("digits"))
+    objectives = iter([*[1.0] * 20, 2.0, 2.0, 2.0, 2.0])
+    monkeypatch.setattr(Training, "_objective", lambda _: next(objectives))
+    weights = []
+    for _ in range(24):
+        training.run_epoch()
+        weights.append({name: tensor.clone() for name, tensor in training.model.state_dict().items()})
+    assert all(torch.equal(weights[19][name], weights[23][name]) for name in weights[0])
+    assert not torch.equal(weights[19]["1.weight"], weights[22]["1.weight"])
 
 
 def test_what_the_store_says_of_the_last_snapshot_holds_for_the_final_weights(tmp_path: Path) -> None:
