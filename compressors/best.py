@@ -19,7 +19,7 @@ from kcomplex.weights import TensorHandle, Weights
 # The position is the choice in streams: only ever append, and only to the last tier.
 _MOSAIC = "mosaic|entropy"
 _FAST = ("raw", "entropy", "palette|entropy", "planes|entropy", "planes|zstd", _MOSAIC)
-_PORTFOLIOS = {"fast": _FAST, "tight": (*_FAST, "planes|zstd:level=19", "lzma", "palette|lzma", "mix", "lin")}
+_PORTFOLIOS = {"fast": _FAST, "tight": (*_FAST, "planes|zstd:level=19", "lzma", "palette|lzma", "lin")}
 # Long tensors are tried on their first rows of about so many weights; members that take at most so many times the
 # bytes of the shortest code the whole. One that learns as it goes is worth more than its beginning tells.
 _SAMPLE = 1 << 16
@@ -35,7 +35,7 @@ class Best(Code):
     ----------
     tier
         ``fast``: raw, entropy, palette|entropy, planes|entropy, planes|zstd and mosaic|entropy; ``tight``: also
-        planes|zstd:level=19, lzma, palette|lzma, mix and lin.
+        planes|zstd:level=19, lzma, palette|lzma and lin.
 
     Notes
     -----

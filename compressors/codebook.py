@@ -44,12 +44,14 @@ def narrow(values: NDArray[np.floating[Any]]) -> tuple[int, Words]:
     Parameters
     ----------
     values
-        float32 or float64, finite, of any shape, which the words have too.
+        float32 or float64, of any shape, which the words have too. Machines differ in what they make of a NaN in
+        another dtype: where there is one, the values keep theirs.
     """
     tensor = torch.from_numpy(np.ascontiguousarray(values))
     head = tensor.reshape(-1)[:4096]
+    shortest = values.dtype.itemsize if bool(tensor.isnan().any()) else 1
     for code, dtype in enumerate(_FLOATS):
-        if dtype.itemsize <= values.dtype.itemsize and _survives(head, dtype) and _survives(tensor, dtype):
+        if shortest <= dtype.itemsize <= values.dtype.itemsize and _survives(head, dtype) and _survives(tensor, dtype):
             return code, words_of(tensor.to(dtype)).reshape(values.shape)
     raise AssertionError(f"{values.dtype} isn't a dtype of values")
 

@@ -67,6 +67,11 @@ class LearningMix(Coder):
     memory: Memory = field(default_factory=new_integer_memory)
     name: ClassVar[str] = "learning_mix"
 
+    @property
+    def sequential(self) -> bool:
+        """True: tensors learn from those before them."""
+        return True
+
     @cached_property
     def floats(self) -> Memory:
         """What tensors of floats leave to each other."""

@@ -89,6 +89,11 @@ class Mosaic(Quantiser):
         if self.seed < 0:
             raise SpecError(f"mosaic: seed must not be negative, but is {self.seed}")
 
+    @property
+    def lossless(self) -> bool:
+        """Whether blocks are compared bit for bit; see `Quantiser.lossless`."""
+        return self.k is None and self.capacity is None
+
     def fit(self, tensors: Iterable[TensorHandle]) -> bytes:
         """Return the codebooks for float32 and for float64 values.
 
@@ -98,7 +103,7 @@ class Mosaic(Quantiser):
             Motifs are to be fitted, and a tensor holds NaN, infinity, or values beyond float32.
         """
         handles = list(tensors)
-        if self._lossy:
+        if not self.lossless:
             size, told = self.s or _FITTED_BLOCK, b""
             books: list[NDArray[np.floating[Any]]] = [self._fitted(handles, size), np.zeros((0, size))]
         else:
@@ -120,7 +125,7 @@ class Mosaic(Quantiser):
         """
         table = self._table(values.dtype, shared)
         index = _index_dtype(len(table))
-        if self._lossy:
+        if not self.lossless:
             blocks = blocks_of([values], table.shape[1])
             return Quantised(nearest(blocks.rows, table.astype(np.float64), blocks.real).astype(index))
         rows = find_blocks(bits_of(values).reshape(-1), bits_of(table))
@@ -152,19 +157,15 @@ class Mosaic(Quantiser):
             raise StreamError(f"the index {quantised.codes.max()} is beyond the {len(table)} motifs of the codebook")
         return table[quantised.codes].reshape(-1)[: math.prod(shape)].reshape(shape).astype(dtype, copy=False)
 
-    @property
-    def _lossy(self) -> bool:
-        return self.k is not None or self.capacity is not None
-
     def _literal(self, side: bytes) -> int:
-        if len(side) != 1 or self._lossy:
+        if len(side) != 1 or not self.lossless:
             raise StreamError(f"a tensor of a mosaic has no {len(side)} bytes of side information")
         return side[0]
 
     def _table(self, dtype: np.dtype[Any], shared: bytes) -> NDArray[np.floating[Any]]:
         """Return the motifs for values of a dtype, of shape (k, s), the zero motif first."""
-        single, double = _tables(shared, self.s or (_FITTED_BLOCK if self._lossy else None))
-        return double if dtype == _DOUBLE and not self._lossy else single
+        single, double = _tables(shared, self.s or (_FITTED_BLOCK if not self.lossless else None))
+        return double if dtype == _DOUBLE and self.lossless else single
 
     def _fitted(self, handles: Sequence[TensorHandle], size: int) -> NDArray[np.float32]:
         """Return motifs fitted to the blocks of all tensors, without the zero motif."""

@@ -347,13 +347,19 @@ class Quantiser(ABC):
 
     name: ClassVar[str]
 
+    @property
+    def lossless(self) -> bool:
+        """Whether nothing may be lost: then values needn't be finite, and tensors that don't come back bit for bit
+        (a half-precision NaN has more bits than its conversion keeps) are coded by the coder alone."""
+        return False
+
     def fit(self, tensors: Iterable[TensorHandle]) -> bytes:
         """Return side information that all tensors share, learned from the tensors to be quantised; none by default."""
         return b""
 
     @abstractmethod
     def quantise(self, values: NDArray[np.floating[Any]], shared: bytes) -> Quantised:
-        """Return integers and side information of finite float32 or float64 values.
+        """Return integers and side information of float32 or float64 values, finite unless `lossless`.
 
         Raises
         ------

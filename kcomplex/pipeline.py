@@ -177,14 +177,16 @@ class QuantisedCode(_TwoStages, Code):
         Raises
         ------
         WeightsError
-            The tensor holds NaN or infinity.
+            The tensor holds NaN or infinity, and the quantiser isn't lossless.
         """
         if not is_quantisable(handle.dtype):
             return self.coder.encode_tensor(handle, b"")
         tensor = _QuantisedTensor(self.quantiser, handle, shared)
+        if tensor.escapes:
+            return EncodedTensor([Part("structure", varint(0)), *self.coder.encode_tensor(handle, b"").parts])
         codes, side = tensor.quantised.codes, tensor.quantised.side
         parts: list[Part] = [
-            Part("structure", varint(len(side))),
+            Part("structure", varint(len(side) + self.quantiser.lossless)),
             Part("tables", side),
             *self.coder.encode_words(codes.reshape(-1), codes.shape),
         ]
@@ -195,7 +197,10 @@ class QuantisedCode(_TwoStages, Code):
         if not is_quantisable(dtype):
             return self.coder.decode_tensor(data, dtype, shape, b"")
         reader = Reader(data)
-        side = reader.take(reader.varint())
+        announced = reader.varint()
+        if self.quantiser.lossless and not announced:
+            return self.coder.decode_tensor(reader.rest(), dtype, shape, b"")
+        side = reader.take(announced - self.quantiser.lossless)
         layout = self.quantiser.layout(side, shape, _values_dtype(dtype), shared)
         codes = self.coder.decode_words(reader.rest(), *layout)
         return reconstruct(self.quantiser, Quantised(codes, side), dtype, shape, shared)
@@ -227,6 +232,8 @@ class QuantisedLength(_TwoStages, CodeLength):
         if not is_quantisable(handle.dtype):
             return self.measure.tensor_length(handle, b"")
         codes = _QuantisedTensor(self.quantiser, handle, shared)
+        if codes.escapes:
+            return self.measure.tensor_length(handle, b"")
         side = 8.0 * len(varint(len(codes.quantised.side)) + codes.quantised.side)
         payload = self.measure.length(codes.quantised.codes)
         return TensorLength({"tables": side, "payload": payload}, codes.squared_error, codes.exact)
@@ -238,21 +245,26 @@ def is_quantisable(dtype: torch.dtype) -> bool:
 
 
 class _QuantisedTensor:
-    """A tensor's codes, and how far what they stand for is from the tensor."""
+    """A tensor's codes, how far what they stand for is from the tensor, and whether the coder alone must code it."""
 
     def __init__(self, quantiser: Quantiser, handle: TensorHandle, shared: bytes) -> None:
         tensor = handle.read()
         values = values_of(tensor)
-        if not np.isfinite(values).all():
+        if not quantiser.lossless and not np.isfinite(values).all():
             raise WeightsError(
                 f"the tensor {handle.name!r} ({dtype_name(handle.dtype)}, {handle.shape}) holds NaN or infinity and "
                 f"can't be quantised by {quantiser.name!r}: exclude it, or use a lossless estimator"
             )
         self.quantised = quantiser.quantise(values, shared)
         decoded = reconstruct(quantiser, self.quantised, handle.dtype, handle.shape, shared)
-        difference = values.astype(np.float64) - values_of(decoded).astype(np.float64)
-        self.squared_error = float(np.square(difference).sum())
         self.exact = bool(np.array_equal(words_of(tensor), words_of(decoded)))
+        # Machines differ in what they make of a short NaN.
+        short = handle.dtype.itemsize < values.dtype.itemsize
+        self.escapes = quantiser.lossless and (not self.exact or (short and bool(np.isnan(values).any())))
+        self.squared_error = 0.0
+        if not self.exact and not self.escapes:
+            difference = values.astype(np.float64) - values_of(decoded).astype(np.float64)
+            self.squared_error = float(np.square(difference).sum())
 
 
 def reconstruct(

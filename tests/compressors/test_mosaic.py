@@ -242,9 +242,18 @@ def test_one_block_is_not_erased():
 
 def test_diverged_weights_are_named():
     tensors = {"good": torch.ones(8), "bad": torch.tensor([1.0, float("nan")])}
-    for spec in ("mosaic|raw", "mosaic:k=4|raw"):
-        with pytest.raises(WeightsError, match="'bad'"):
-            describe(tensors, spec)
+    with pytest.raises(WeightsError, match="'bad'"):
+        describe(tensors, "mosaic:k=4|raw")
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_a_network_with_nan_and_infinity_loses_nothing(dtype):
+    tensors = mosaic_tensors(dtype=dtype)
+    words = words_of(tensors["w0"])
+    words[:8] = np.resize(np.frombuffer(bytes([255, 127, 1, 255, 128, 248, 240, 124]) * 8, words.dtype), 8)
+    words[8:400] = np.resize(words[:4], 392)
+    mask = torch.full((40, 40), float("-inf"), dtype=dtype).triu(1) if dtype.itemsize > 1 else torch.zeros(9)
+    check_lossless(tensors | {"mask": mask}, "mosaic|entropy")
 
 
 def test_weights_beyond_single_precision_have_no_motif():

@@ -59,6 +59,7 @@ SPECS = [
     "deadzone:bits=8,zeros=0.9|lzma",
     "sign|entropy",
     "sign:per_row=True|raw",
+    "mosaic|entropy",
     "mosaic:s=2,k=8|entropy",
     "mosaic:s=3,capacity=0.2|zstd",
     "sparsity",
@@ -104,7 +105,8 @@ def built(spec: str) -> Estimator:
 
 
 def is_quantised(spec: str) -> bool:
-    return any(isinstance(build(GROUP, stage), Quantiser) for stage in split_stages(spec))
+    stages = [build(GROUP, stage) for stage in split_stages(spec)]
+    return any(isinstance(stage, Quantiser) and not stage.lossless for stage in stages)
 
 
 def codes(*, quantised: bool | None = None) -> list[str]:
