@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
-from kcomplex.errors import SpecError, WeightsError
-from kcomplex.training.mode import WEIGHT_LAYERS, Evaluate, Mode, ParameterGroups, chosen_parameters
-from kcomplex.training.parametrised import arithmetic_dtype, share_of_zeros
-from kcomplex.training.tamade import prune_tolerably
+from kcomplex.errors import SpecError
+from kcomplex.training.mode import ParameterGroups
+from kcomplex.training.parametrised import arithmetic_dtype
+from kcomplex.training.pruning import Pruning
 
 _COMPANIONS = ("w", "gamma", "u")
+# The regularised phase isn't over while more of the gammas than this are in the open part of [0, 1].
+_MOST_UNDECIDED = 0.01
 
 
 @dataclass(frozen=True)
-class PMMP(Mode):
+class PMMP(Pruning):
     r"""Prices every non-zero weight, in bits.
 
     Each weight theta gets three companions: w, a probability gamma of being needed, and a multiplier u. The saddle
@@ -36,23 +37,13 @@ class PMMP(Mode):
 
     Parameters
     ----------
-    bits_per_parameter
-        Price c of a non-zero weight in bits. The penalty's weight is then ``alpha = c ln2 / samples``: with the mean
-        loss in nats, `samples` times the training loss is a description length of model and data.
-    alpha
-        The penalty's weight itself, in nats a sample; it takes the place of the price in bits.
-    samples
-        Number of training samples; needed unless alpha is given.
+    bits_per_parameter, alpha, samples, tolerance, error_tolerance, include, exclude
+        See `Pruning`.
     u0, p0
         Where u and gamma begin. A weight below ``sqrt(alpha / u0)`` begins by losing its gamma; with ``u0 = 0`` all do.
     gamma_lr, u_lr
         Learning rates of gamma and u. Gamma has to travel from 1 to 0 while the training lasts: with an adaptive
         optimiser in some ``1 / gamma_lr`` steps, with SGD in ``1 / (gamma_lr * alpha)``.
-    tolerance
-        Share by which pruning may make the held-out loss worse.
-    include, exclude
-        Shell-style globs on parameter names. By default the weights of linear, convolution, embedding
-        and attention layers.
 
     Raises
     ------
@@ -69,100 +60,58 @@ class PMMP(Mode):
     L. S. Barth, P. von Petersenn: Efficient compression of neural networks and datasets. arXiv:2505.17469, 2025.
     """
 
-    bits_per_parameter: float = 8.0
-    alpha: float | None = None
-    samples: int | None = None
     u0: float = 1.0
     p0: float = 1.0
     gamma_lr: float = 1e-2
     u_lr: float = 1e-3
-    tolerance: float = 0.01
-    include: tuple[str, ...] = ()
-    exclude: tuple[str, ...] = ()
     name: ClassVar[str] = "pmmp"
 
     def __post_init__(self) -> None:
-        for field in ("bits_per_parameter", "alpha", "u0", "gamma_lr", "u_lr", "tolerance"):
-            value = getattr(self, field)
-            if value is not None and not 0 <= value < math.inf:
-                raise SpecError(f"pmmp: {field} must be 0 or more, not {value}")
+        super().__post_init__()
+        self.refuse_negative("u0", "gamma_lr", "u_lr")
         if not 0 <= self.p0 <= 1:
-            raise SpecError(f"pmmp: p0 must be in [0, 1], not {self.p0}")
-        if self.samples is not None and self.samples < 1:
-            raise SpecError(f"pmmp: samples must be 1 or more, not {self.samples}")
-
-    @property
-    def price(self) -> float:
-        """The penalty's weight alpha, in nats a sample and non-zero weight.
-
-        Raises
-        ------
-        SpecError
-            Neither alpha nor the number of samples is given.
-        """
-        if self.alpha is not None:
-            return self.alpha
-        if self.samples is None:
-            raise SpecError(
-                "pmmp: a price in bits needs the number of training samples: give pmmp:bits_per_parameter="
-                f"{self.bits_per_parameter},samples=..., or the penalty's weight itself, pmmp:alpha=..."
-            )
-        return self.bits_per_parameter * math.log(2) / self.samples
+            raise SpecError(f"{self.name}: p0 must be in [0, 1], not {self.p0}")
 
     def prepare(self, model: nn.Module) -> None:
-        """Attach to a model, which isn't changed, and give every chosen weight its companions.
-
-        Raises
-        ------
-        SpecError
-            There is no price, nothing to work on, or the mode is already attached.
-        """
-        price = self.price
+        """Attach to a model, which isn't changed, and give the chosen weights companions; see `Pruning.prepare`."""
+        super().prepare(model)
         companions = {}
-        for module, name, full in chosen_parameters(model, WEIGHT_LAYERS, self.include, self.exclude):
-            theta = module.get_parameter(name).detach()
-            w = theta.to(arithmetic_dtype(theta.dtype), copy=True)
+        for full, weights in self.pruned_state.weights.items():
+            w = weights.detach().to(arithmetic_dtype(weights.dtype), copy=True)
             starts = (w, torch.full_like(w, self.p0), torch.full_like(w, self.u0))
             companions[full] = {key: nn.Parameter(start) for key, start in zip(_COMPANIONS, starts, strict=True)}
-        pruned: dict[str, torch.Tensor] = {}
-        self.attach_to(model)
-        object.__setattr__(self, "_state", _State(price, companions, pruned))
+        object.__setattr__(self, "_companions", companions)
 
     def parameter_groups(self, lr: float, weight_decay: float = 0.0) -> ParameterGroups:
         """Return four groups: the model's own parameters, w, gamma, and u, which is to be maximised."""
         groups = super().parameter_groups(lr, weight_decay)
         rates = {"w": lr, "gamma": self.gamma_lr, "u": self.u_lr}
         for key, rate in rates.items():
-            parameters = [companions[key] for companions in self._attached().companions.values()]
+            parameters = [companions[key] for companions in self.companions.values()]
             groups.append({"params": parameters, "lr": rate, "weight_decay": 0.0, "maximize": key == "u"})
         return groups
 
-    def penalty(self) -> torch.Tensor:
-        """Return ``alpha sum(gamma) + sum(u (theta^2 - 2 theta w gamma + w^2 gamma))``; zero while fine-tuning."""
-        state = self._attached()
-        if state.pruned:
-            return super().penalty()
-        tensors = [tensor for theta, companions in self._pairs() for tensor in (theta, *companions.values())]
-        penalty: torch.Tensor = _Penalty.apply(state.price, *tensors)  # type: ignore[no-untyped-call]
-        return penalty
+    def regulariser(self) -> torch.Tensor:
+        """Return ``alpha sum(gamma) + sum(u (theta^2 - 2 theta w gamma + w^2 gamma))``, in nats a sample."""
+        return saddle(self.pruned_state.price, self.quadruples())
+
+    def quadruples(self) -> Iterator[tuple[torch.Tensor, ...]]:
+        """Yield each weight tensor with its companions: theta, w, gamma, u."""
+        for full, companions in self.companions.items():
+            yield self.pruned_state.weights[full], *companions.values()
 
     @torch.no_grad()
     def after_step(self) -> None:
         """Keep gamma in [0, 1] and u non-negative; while fine-tuning, keep what was pruned at zero."""
-        state = self._attached()
-        for full, pruned in state.pruned.items():
-            self.model.get_parameter(full).masked_fill_(pruned, 0)
-        if not state.pruned:
-            for companions in state.companions.values():
+        super().after_step()
+        if not self.pruned_state.fine_tuning:
+            for companions in self.companions.values():
                 companions["gamma"].clamp_(0, 1)
                 companions["u"].clamp_min_(0)
 
-    def begin_fine_tuning(self, evaluate: Evaluate, error: Evaluate | None = None) -> None:
-        """Prune by magnitude as much as the held-out loss tolerates, and fix what is pruned; see `tamade`."""
-        state = self._attached()
-        prune_tolerably((theta for theta, _ in self._pairs()), evaluate, self.tolerance)
-        for full in state.companions:
-            state.pruned[full] = self.model.get_parameter(full).detach() == 0
+    def settled(self) -> bool:
+        """Return whether at most 1 % of the gammas are between 0.1 and 0.9."""
+        return self.pruned_state.fine_tuning or self._undecided() <= _MOST_UNDECIDED
 
     def convert(self, model: nn.Module) -> nn.Module:
         """Return a plain copy in which the pruned weights are exactly zero.
@@ -170,20 +119,18 @@ class PMMP(Mode):
         Before `begin_fine_tuning` nothing is pruned yet; the weights with gamma below 1/2 are then zero in the copy.
         """
         plain = super().convert(model)
-        state = self._attached()
-        with torch.no_grad():
-            for full, companions in state.companions.items():
-                pruned = state.pruned[full] if state.pruned else companions["gamma"] < 0.5
-                plain.get_parameter(full).masked_fill_(pruned, 0)
+        if not self.pruned_state.fine_tuning:
+            with torch.no_grad():
+                for full, companions in self.companions.items():
+                    plain.get_parameter(full).masked_fill_(companions["gamma"] < 0.5, 0)
         return plain
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the companions by parameter and, while fine-tuning, what was pruned."""
-        state = self._attached()
+        """Return the companions by parameter, and what `Pruning.state_dict` does."""
         companions = {
-            full: {key: tensor.detach() for key, tensor in parts.items()} for full, parts in state.companions.items()
+            full: {key: part.detach() for key, part in parts.items()} for full, parts in self.companions.items()
         }
-        return {"companions": companions, "pruned": dict(state.pruned)}
+        return {"companions": companions, **super().state_dict()}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -194,43 +141,57 @@ class PMMP(Mode):
         WeightsError
             The state belongs to another model.
         """
-        mine = self._attached()
-        shapes = {full: companions["w"].shape for full, companions in mine.companions.items()}
-        given = {full: companions["w"].shape for full, companions in state["companions"].items()}
-        if given != shapes:
-            raise WeightsError(f"the state of pmmp is of other parameters ({', '.join(given)} for {', '.join(shapes)})")
-        for full, companions in mine.companions.items():
+        self.refuse_other_shapes({full: parts["w"].shape for full, parts in state["companions"].items()})
+        super().load_state_dict(state)
+        for full, companions in self.companions.items():
             for key, tensor in companions.items():
                 tensor.copy_(state["companions"][full][key])
-        mine.pruned.clear()
-        for full, pruned in state["pruned"].items():
-            mine.pruned[full] = pruned.to(mine.companions[full]["w"].device, copy=True)
 
     def report(self) -> dict[str, float]:
         """Return shares of the weights: ``zeros``, ``kept`` (mean gamma) and ``undecided`` (gamma in 0.1 to 0.9)."""
-        gamma = torch.cat([parts["gamma"].detach().flatten() for parts in self._attached().companions.values()])
-        return {
-            "zeros": share_of_zeros(self.model, self._attached().companions),
-            "kept": float(gamma.mean()),
-            "undecided": float(((gamma > 0.1) & (gamma < 0.9)).double().mean()),
-        }
+        gamma = self._gamma()
+        return {**super().report(), "kept": float(gamma.mean()), "undecided": self._undecided()}
 
-    def _attached(self) -> _State:
-        if "_state" not in self.__dict__:
-            raise SpecError("the mode 'pmmp' isn't attached: call prepare(model) first")
-        state: _State = self.__dict__["_state"]
-        return state
+    @property
+    def companions(self) -> dict[str, dict[str, nn.Parameter]]:
+        """The companions w, gamma and u by full name of the parameter; `prepare` made them.
 
-    def _pairs(self) -> Iterator[tuple[nn.Parameter, dict[str, nn.Parameter]]]:
-        for full, companions in self._attached().companions.items():
-            yield self.model.get_parameter(full), companions
+        Raises
+        ------
+        SpecError
+            `prepare` wasn't called yet.
+        """
+        if "_companions" not in self.__dict__:
+            raise SpecError(f"the mode {self.name!r} isn't attached: call prepare(model) first")
+        companions: dict[str, dict[str, nn.Parameter]] = self.__dict__["_companions"]
+        return companions
+
+    def _gamma(self) -> torch.Tensor:
+        return torch.cat([companions["gamma"].detach().flatten() for companions in self.companions.values()])
+
+    def _undecided(self) -> float:
+        gamma = self._gamma()
+        return float(((gamma > 0.1) & (gamma < 0.9)).double().mean())
 
 
-@dataclass(frozen=True)
-class _State:
-    price: float
-    companions: dict[str, dict[str, nn.Parameter]]
-    pruned: dict[str, torch.Tensor]
+def saddle(price: float, quadruples: Iterable[tuple[torch.Tensor, ...]]) -> torch.Tensor:
+    """Return ``price sum(gamma) + sum(u bracket)``, differentiable in all four tensors of each quadruple.
+
+    Parameters
+    ----------
+    price
+        In nats a sample.
+    quadruples
+        theta, w, gamma, u of one shape; theta may have a shorter dtype than the others.
+    """
+    tensors = [tensor for quadruple in quadruples for tensor in quadruple]
+    penalty: torch.Tensor = _Penalty.apply(price, *tensors)  # type: ignore[no-untyped-call]
+    return penalty
+
+
+def bracket_of(theta: torch.Tensor, w: torch.Tensor, gamma: torch.Tensor) -> torch.Tensor:
+    """Return ``theta^2 + w gamma (w - 2 theta)``: the expectation of ``(theta - wz)^2``, linear in gamma."""
+    return torch.sub(w, theta, alpha=2).mul_(w).mul_(gamma).addcmul_(theta, theta)
 
 
 class _Penalty(torch.autograd.Function):
@@ -241,8 +202,7 @@ class _Penalty(torch.autograd.Function):
         total = torch.zeros((), dtype=tensors[1].dtype, device=tensors[0].device)
         brackets = []
         for theta, w, gamma, u in _quadruples(tensors):
-            # theta^2 + w gamma (w - 2 theta), which is linear in gamma.
-            bracket = torch.sub(w, theta, alpha=2).mul_(w).mul_(gamma).addcmul_(theta, theta)
+            bracket = bracket_of(theta, w, gamma)
             total += (price * gamma.sum() + torch.dot(bracket.flatten(), u.flatten())).to(total)
             brackets.append(bracket)
         ctx.price = price

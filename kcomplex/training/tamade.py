@@ -36,8 +36,9 @@ def largest_threshold(
     tolerance: float,
     baseline: float | None = None,
     resolution: float = 1e-7,
+    absolute: bool = False,
 ) -> Threshold:
-    """Return the largest threshold whose loss exceeds the unpruned one by no more than a share of it.
+    """Return the largest threshold whose loss exceeds the unpruned one by no more than is tolerated.
 
     Bisects between 0 and ``upper``, as if the loss grew with the threshold. A threshold whose loss is NaN is too high.
 
@@ -48,11 +49,13 @@ def largest_threshold(
     upper
         Where to begin; twice the largest magnitude is enough.
     tolerance
-        How much worse the loss may be, as a share of the magnitude of the unpruned one.
+        How much worse the loss may be, as a share of the magnitude of the unpruned one, or absolutely.
     baseline
         Loss of the unpruned network; None evaluates ``loss_at(0.0)``.
     resolution
         The search ends when the interval is no longer than this.
+    absolute
+        The tolerance is in the unit of the loss: for a share of mistakes, which may be zero.
 
     Raises
     ------
@@ -74,7 +77,7 @@ def largest_threshold(
         evaluations = 1
     if not math.isfinite(baseline):
         raise WeightsError(f"the loss of the unpruned network is {baseline}: no threshold can be compared with it")
-    allowed = baseline + tolerance * abs(baseline)
+    allowed = baseline + tolerance * (1.0 if absolute else abs(baseline))
     low, high, loss = 0.0, upper, baseline
     while high - low > resolution:
         middle = (low + high) / 2
@@ -96,7 +99,9 @@ def prune(parameters: Iterable[torch.Tensor], threshold: float) -> None:
         parameter.masked_fill_(parameter.abs() < threshold, 0)
 
 
-def prune_tolerably(parameters: Iterable[torch.Tensor], evaluate: Callable[[], float], tolerance: float) -> Threshold:
+def prune_tolerably(
+    parameters: Iterable[torch.Tensor], evaluate: Callable[[], float], tolerance: float, absolute: bool = False
+) -> Threshold:
     """Prune parameters in place by one global threshold, as much as the loss tolerates; return the search's outcome.
 
     Parameters
@@ -104,8 +109,8 @@ def prune_tolerably(parameters: Iterable[torch.Tensor], evaluate: Callable[[], f
     parameters
         Written to while the search lasts; restored if `evaluate` raises.
     evaluate
-        Returns the loss of the network that the parameters belong to.
-    tolerance
+        Returns the loss, or the share of mistakes, of the network that the parameters belong to, on held-out data.
+    tolerance, absolute
         See `largest_threshold`.
 
     Raises
@@ -128,7 +133,7 @@ def prune_tolerably(parameters: Iterable[torch.Tensor], evaluate: Callable[[], f
 
     upper = 2 * max((float(values.abs().max()) for values in kept if values.numel()), default=0.0)
     try:
-        found = largest_threshold(loss_at, upper, tolerance)
+        found = largest_threshold(loss_at, upper, tolerance, absolute=absolute)
     finally:
         restore()
     prune(parameters, found.threshold)

@@ -5,8 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from kcomplex.errors import SpecError, WeightsError
-from kcomplex.training.mode import mode
+from kcomplex.errors import SpecError
 from kcomplex.training.pmmp import PMMP
 
 
@@ -97,18 +96,6 @@ def test_training_keeps_what_is_worth_its_price(u0, kept):
     assert (layer.weight != 0).all()
 
 
-def test_the_price_is_in_bits_or_in_nats():
-    assert PMMP(bits_per_parameter=4.0, samples=1347).price == pytest.approx(4 * math.log(2) / 1347)
-    assert PMMP(alpha=1e-4, samples=1347).price == 1e-4
-    assert mode("pmmp:alpha=1e-4").price == 1e-4
-    assert mode("pmmp:bits_per_parameter=4,samples=1347").price == pytest.approx(4 * math.log(2) / 1347)
-
-
-def test_without_a_price_the_message_says_what_to_give():
-    with pytest.raises(SpecError, match="samples"):
-        PMMP().prepare(nn.Linear(2, 2))
-
-
 @pytest.mark.parametrize(
     "options",
     [{"alpha": -1.0}, {"samples": 0}, {"p0": 1.5}, {"u0": -1.0}, {"gamma_lr": math.nan}, {"bits_per_parameter": -2.0}],
@@ -133,35 +120,6 @@ def test_probabilities_and_multipliers_stay_in_their_range():
         assert (parts["u"] >= 0).all()
 
 
-def test_fine_tuning_leaves_pruned_weights_at_zero_and_charges_nothing():
-    layer = single([0.01, 0.8, -0.02, 0.5])
-    wanted = layer.weight.detach().clone()
-    configured = PMMP(alpha=1e-3, tolerance=0.01)
-    configured.prepare(layer)
-    optimizer = torch.optim.Adam(configured.parameter_groups(lr=0.05), lr=0.05)
-
-    def step() -> None:
-        optimizer.zero_grad()
-        # Pulls every weight up, so that the optimiser's momentum would bring pruned ones back.
-        ((layer.weight - wanted - 1).square().sum() + configured.penalty()).backward()
-        optimizer.step()
-        configured.after_step()
-
-    for _ in range(3):
-        step()
-    with torch.no_grad():
-        layer.weight.copy_(wanted)
-    configured.begin_fine_tuning(lambda: 1 + (layer.weight - wanted).detach().square().sum().item())
-    assert (layer.weight != 0).tolist() == [[False, True, False, True]]
-    assert configured.penalty().item() == 0
-    for _ in range(10):
-        step()
-        assert (layer.weight[0, [0, 2]] == 0).all()
-    assert (layer.weight[0, [1, 3]] > wanted[0, [1, 3]] + 0.1).all()
-    assert torch.equal(configured.convert(layer).weight, layer.weight)
-    assert configured.report()["zeros"] == 0.5
-
-
 def test_the_mode_adds_nothing_to_the_models_own_state():
     layer = single([0.1, 0.2])
     PMMP(alpha=0.1).prepare(layer)
@@ -177,14 +135,6 @@ def test_the_multipliers_alone_are_maximised_and_nothing_of_the_modes_own_decays
     assert [group["lr"] for group in own] == [0.2, 0.3, 0.4]
     assert [group["maximize"] for group in own] == [False, False, True]
     assert [group["weight_decay"] for group in own] == [0.0, 0.0, 0.0]
-
-
-def test_a_state_of_another_model_is_refused():
-    first, second = PMMP(alpha=0.1), PMMP(alpha=0.1)
-    first.prepare(nn.Linear(3, 3))
-    second.prepare(nn.Linear(3, 4))
-    with pytest.raises(WeightsError, match="weight"):
-        second.load_state_dict(first.state_dict())
 
 
 def test_a_higher_price_leaves_fewer_weights():

@@ -46,6 +46,15 @@ def test_the_largest_tolerable_threshold_is_found_whatever_the_sign_of_the_loss(
     assert found.loss == baseline
 
 
+def test_an_absolute_tolerance_is_in_the_unit_of_the_loss():
+    def mistakes(threshold: float) -> float:
+        return 0.0 if threshold <= 0.2 else 0.01 if threshold <= 0.5 else 0.3
+
+    assert largest_threshold(mistakes, 1.0, 0.013, absolute=True).threshold == pytest.approx(0.5, abs=1e-7)
+    # A share of no mistakes at all would allow none.
+    assert largest_threshold(mistakes, 1.0, 0.013).threshold == pytest.approx(0.2, abs=1e-7)
+
+
 def test_the_unpruned_loss_is_evaluated_where_it_isnt_given():
     asked = []
 

@@ -1,4 +1,4 @@
-"""What the modes that work on single weights have in common: uniform_qat, codeq, pmmp."""
+"""What the modes that work on single weights have in common: uniform_qat, codeq and the pruning ones."""
 
 import copy
 from collections.abc import Callable, Iterator
@@ -11,9 +11,13 @@ from torch.nn.functional import cross_entropy
 
 from kcomplex.errors import SpecError
 from kcomplex.training.codeq import CoDeQ
+from kcomplex.training.drr import DRR
+from kcomplex.training.fpp import FPP
 from kcomplex.training.mode import Mode, chosen_parameters, mode
 from kcomplex.training.momos import MoMos
 from kcomplex.training.pmmp import PMMP
+from kcomplex.training.pruning import Pruning
+from kcomplex.training.relaxed_l1 import RelaxedL1
 from kcomplex.training.uniform_qat import UniformQAT
 from kcomplex.weights import open_weights, words_of
 
@@ -31,6 +35,10 @@ MODES = {
     "codeq reference": lambda **options: CoDeQ(bits=3, dead_zone_lr=0.05, reference=True, **options),
     "codeq bits": lambda **options: CoDeQ(learnable_bits=True, max_bits=4, bits_lr=0.05, **options),
     "pmmp": lambda **options: PMMP(alpha=2e-3, gamma_lr=0.1, u0=2.0, tolerance=0.2, **options),
+    "fpp": lambda **options: FPP(alpha=2e-3, gamma_lr=0.1, u0=2.0, tolerance=0.2, **options),
+    "drr": lambda **options: DRR(alpha=2e-3, l2=1e-4, tolerance=0.2, **options),
+    "drr per layer": lambda **options: DRR(alpha=2e-3, per_layer=True, tolerance=0.2, **options),
+    "relaxed_l1": lambda **options: RelaxedL1(alpha=2e-3, l2=1e-4, tolerance=0.2, **options),
 }
 
 
@@ -106,6 +114,34 @@ def flattened(state: object) -> list[torch.Tensor]:
         return [state]
     values = state.values() if isinstance(state, dict) else state if isinstance(state, (list, tuple)) else ()
     return [tensor for value in values for tensor in flattened(value)]
+
+
+def test_accumulated_gradients_are_those_of_the_whole_batch(make):
+    whole, parts = Loop(make()), Loop(make())
+    for loop in (whole, parts):
+        loop.model.eval()
+        loop.steps(2)
+    assert bits_of(whole.model) == bits_of(parts.model)
+    (whole.loss() + whole.mode.penalty()).backward()
+    for half in (slice(0, 16), slice(16, 32)):
+        loss = cross_entropy(parts.model(INPUTS[half]), LABELS[half])
+        ((loss + parts.mode.penalty()) / 2).backward()
+    for mine, yours in zip(whole.optimizer.param_groups, parts.optimizer.param_groups, strict=True):
+        for one, other in zip(mine["params"], yours["params"], strict=True):
+            torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_autocast_leaves_the_penalty_exact(make):
+    loop = Loop(make())
+    loop.steps(2)
+    outside = loop.mode.penalty()
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = loop.mode.penalty()
+        loss = loop.loss() + inside
+    assert torch.equal(inside, outside)
+    loss.backward()
+    assert all(parameter.grad.isfinite().all() for parameter in loop.model.parameters())
+    assert all(parameter.grad.dtype == torch.float32 for parameter in loop.model.parameters())
 
 
 @pytest.mark.parametrize("optimizer", list(OPTIMIZERS))
@@ -243,7 +279,9 @@ def test_an_attached_mode_changes_no_other_model(make):
     assert configured.report() == before
 
 
-@pytest.mark.parametrize("configured", [PMMP(alpha=0.1), MoMos()], ids=lambda configured: configured.name)
+@pytest.mark.parametrize(
+    "configured", [PMMP(alpha=0.1), DRR(alpha=0.1), MoMos()], ids=lambda configured: configured.name
+)
 def test_there_is_no_state_before_preparing(configured):
     with pytest.raises(SpecError, match="prepare"):
         configured.state_dict()
@@ -325,7 +363,7 @@ def test_a_tied_weight_stays_tied(make):
     plain = configured.convert(model)
     assert plain["head"].weight is plain["embedding"].weight
     assert len(open_weights(plain)) == 1
-    if not isinstance(configured, PMMP):
+    if not isinstance(configured, Pruning):
         assert torch.equal(plain["head"].weight, model["head"].weight)
         assert plain["head"].weight.unique().numel() < 20 * 8
 
