@@ -25,7 +25,8 @@ from kcomplex.errors import KComplexError, SourceNotFoundError, StreamError, Ver
 from kcomplex.estimator import Code, EncodedTensor, Estimator
 from kcomplex.files import replacing
 from kcomplex.formats.safetensors_file import original_layout, safetensors_header
-from kcomplex.pipeline import build_estimator
+from kcomplex.given import GivenSource
+from kcomplex.pipeline import build_decoder, build_estimator
 from kcomplex.structure import Reader, Structure, TensorEntry, decode_structure, encode_structure
 from kcomplex.weights import Source, TensorHandle, Weights, open_weights, values_of, words_of
 
@@ -65,6 +66,7 @@ def encode_file(
     path: str | os.PathLike[str],
     estimator: str | Estimator,
     *,
+    given: GivenSource | None = None,
     jobs: int = 1,
     progress: Progress | None = None,
 ) -> int:
@@ -78,6 +80,8 @@ def encode_file(
         Written under a temporary name, then renamed.
     estimator
         Of kind ``code``.
+    given
+        Weights that the code may use; see `kcomplex.describe`. Decoding needs them again.
     jobs
         Threads; a code that learns from tensor to tensor uses one.
     progress
@@ -90,7 +94,7 @@ def encode_file(
     KComplexError
         The file can't be written.
     """
-    code = build_estimator(estimator)
+    code = build_estimator(estimator, given)
     if not isinstance(code, Code):
         raise WeightsError(f"{code.spec!r} is of kind {code.kind}: it has no stream that could be decoded")
     target = Path(path)
@@ -136,6 +140,11 @@ def _encoded(weights: Weights, code: Code, shared: bytes, jobs: int) -> Iterable
 class Container:
     """An open ``.kcz`` file: what it says without decoding, and its tensors one by one.
 
+    Parameters
+    ----------
+    given
+        What the file was encoded with, where that is so; a recipe that it names is never run unasked.
+
     Attributes
     ----------
     estimator
@@ -146,8 +155,9 @@ class Container:
         Metadata, order and errors of the tensors that aren't exact.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], *, given: GivenSource | None = None) -> None:
         self.path = Path(path)
+        self._given = given
         try:
             self._file = self.path.open("rb")
         except FileNotFoundError as error:
@@ -190,12 +200,9 @@ class Container:
             self._offsets.append(self._offsets[-1] + entry.length)
         if self._offsets[-1] != size - _TRAILER - length:
             raise StreamError("the file hasn't the length that its index announces")
-        code = build_estimator(structure.spec)
-        if not isinstance(code, Code):
-            raise StreamError(f"the file names {structure.spec!r}, which has no decoder")
-        self._code = code
+        self._code = build_decoder(structure.spec, self._given)
         self._shared = self._section(len(_HEAD), structure.shared, 0, "the shared side information")
-        self._decoder, self._next = code.fresh(), 0
+        self._decoder, self._next = self._code.fresh(), 0
 
     def tensors(self, jobs: int = 1) -> Iterator[tuple[TensorEntry, torch.Tensor]]:
         """Yield every tensor with its entry, no more of them in memory than are being decoded.
@@ -248,7 +255,7 @@ class Container:
         what = f"the tensor {entry.names[0]!r}"
         try:
             stream = self._section(self._offsets[index], entry.length, index + 1, what)
-            return self._decoder.decode_tensor(stream, entry.dtype, entry.shape, self._shared)
+            return self._decoder.decode_entry(stream, entry, self._shared)
         except (StreamError, MemoryError) as error:
             problem = str(error) or "it claims more memory than there is"
             raise StreamError(f"{self.path}: {what} can't be decoded: {problem}") from error
@@ -278,6 +285,7 @@ def decode_file(
     path: str | os.PathLike[str],
     output: str | os.PathLike[str],
     *,
+    given: GivenSource | None = None,
     jobs: int = 1,
     progress: Callable[[TensorEntry], None] | None = None,
 ) -> None:
@@ -296,7 +304,7 @@ def decode_file(
         The file can't be written.
     """
     target = Path(output)
-    with Container(path) as container:
+    with Container(path, given=given) as container:
         layout = [(name, entry.dtype, entry.shape) for entry in container.entries for name in entry.names]
         header, offsets = safetensors_header(layout, container.notes.metadata, container.notes.order)
         try:
@@ -312,7 +320,9 @@ def decode_file(
             raise KComplexError(f"{target}: can't be written: {error.strerror or error}") from error
 
 
-def verify_file(path: str | os.PathLike[str], source: Source | None = None, *, jobs: int = 1) -> float:
+def verify_file(
+    path: str | os.PathLike[str], source: Source | None = None, *, given: GivenSource | None = None, jobs: int = 1
+) -> float:
     """Decode every tensor of a ``.kcz`` file and return the mean squared error a weight that it says to have.
 
     Parameters
@@ -328,7 +338,7 @@ def verify_file(path: str | os.PathLike[str], source: Source | None = None, *, j
     StreamError
         The file is truncated or corrupted.
     """
-    with Container(path) as container:
+    with Container(path, given=given) as container:
         weights = None if source is None else open_weights(source)
         if weights is not None:
             if list(weights) != [entry.names[0] for entry in container.entries]:

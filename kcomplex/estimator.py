@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from kcomplex.description import STRUCTURE, Description, Kind, TensorDescription, Unit
 from kcomplex.errors import SpecError
 from kcomplex.spec import full_spec_of, spec_of
-from kcomplex.structure import encode_structure, join_lengths, split_lengths
+from kcomplex.structure import TensorEntry, encode_structure, join_lengths, split_lengths
 from kcomplex.version import VERSION
 from kcomplex.weights import (
     TensorHandle,
@@ -219,6 +219,10 @@ class Code(TensorwiseEstimator):
         StreamError
             The stream is truncated or corrupted.
         """
+
+    def decode_entry(self, data: bytes, entry: TensorEntry, shared: bytes) -> torch.Tensor:
+        """Return the tensor of an entry in a stream's structure; see `decode_tensor`, which needs no name."""
+        return self.decode_tensor(data, entry.dtype, entry.shape, shared)
 
     def tensor_length(self, handle: TensorHandle, shared: bytes) -> TensorLength:
         """Return the length of the tensor's stream by part."""

@@ -7,6 +7,7 @@ from functools import partial
 
 from kcomplex.description import Descriptions
 from kcomplex.estimator import Estimator
+from kcomplex.given import GivenSource
 from kcomplex.pipeline import build_estimator
 from kcomplex.weights import Source, TensorHandle, Weights, open_weights
 
@@ -20,6 +21,7 @@ def describe(
     include: Iterable[str] = (),
     exclude: Iterable[str] = (),
     trainable: bool | None = None,
+    given: GivenSource | None = None,
     jobs: int = 1,
     progress: Callable[[Estimator, TensorHandle], None] | None = None,
 ) -> Descriptions:
@@ -33,6 +35,9 @@ def describe(
         Specification strings or estimators.
     include, exclude, trainable
         Selection of tensors; see `Weights.select`.
+    given
+        Weights that the estimators, all of them codes, may use: a checkpoint, or a recipe of an initialisation as in
+        `kcomplex.given.Given.of`. The lengths are then those of the difference.
     jobs
         Threads to measure tensors with; results don't depend on it.
     progress
@@ -50,7 +55,7 @@ def describe(
     'code'
     """
     wanted = [estimators] if isinstance(estimators, (str, Estimator)) else estimators
-    built = [build_estimator(item) for item in wanted]
+    built = [build_estimator(item, given) for item in wanted]
     weights = open_weights(source, include, exclude, trainable=trainable)
     try:
         return Descriptions(

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from kcomplex.description import Kind
-from kcomplex.errors import SpecError, WeightsError
+from kcomplex.errors import SpecError, StreamError, WeightsError
 from kcomplex.estimator import (
     Code,
     CodeLength,
@@ -26,13 +26,22 @@ from kcomplex.estimator import (
     TensorwiseEstimator,
     Transform,
 )
+from kcomplex.given import STAGE, Given, GivenCode, GivenSource, relative
 from kcomplex.spec import build, full_spec_of, spec_of, split_stages
 from kcomplex.structure import Reader, join_lengths, split_lengths, varint
 from kcomplex.weights import TensorHandle, Weights, dtype_name, values_of, words_of
 
 
-def build_estimator(spec: str | Estimator) -> Estimator:
+def build_estimator(spec: str | Estimator, given: GivenSource | None = None) -> Estimator:
     """Return the estimator of a specification string; an estimator is returned as it is.
+
+    Parameters
+    ----------
+    spec
+        Stages joined by ``|``; ``given:PATH|`` or ``given:seed:factory=package.module:function,seed=0|`` may stand
+        before them.
+    given
+        Weights that the code may use, as they may stand in the specification, or in memory.
 
     Raises
     ------
@@ -46,10 +55,15 @@ def build_estimator(spec: str | Estimator) -> Estimator:
     >>> build_estimator("palette|zstd:level=19").spec
     'palette|zstd:level=19'
     """
+    if given is not None:
+        return relative(build_estimator(spec), given)
     if isinstance(spec, Estimator):
         return spec
     if not isinstance(spec, str):
         raise SpecError(f"an estimator is a specification string or an Estimator, not {type(spec).__name__}")
+    if spec.startswith(STAGE):
+        text, _, behind = spec.removeprefix(STAGE).partition("|")
+        return relative(build_estimator(behind), Given.of(text))
     *before, last = [build("kcomplex.estimators", stage) for stage in split_stages(spec)]
     for stage in (*before, last):
         if not isinstance(stage, (Estimator, Transform, Quantiser)):
@@ -72,6 +86,31 @@ def build_estimator(spec: str | Estimator) -> Estimator:
             raise SpecError(f"{stage.name!r} must stand last in {spec!r}")
     assert isinstance(result, Estimator)
     return result
+
+
+def build_decoder(spec: str, given: GivenSource | None = None) -> Code:
+    """Return the code that a stream names; nothing that a relative one names is opened or imported.
+
+    Parameters
+    ----------
+    given
+        What the stream was encoded with, where it names other weights.
+
+    Raises
+    ------
+    StreamError
+        The specification has no decoder, or the stream was encoded with other weights.
+    UnknownNameError, PluginError
+        An estimator isn't installed.
+    """
+    code = build_estimator(spec)
+    if isinstance(code, GivenCode):
+        if not code.given.digest:
+            raise StreamError(f"the stream names what is given without a digest, in {spec!r}: it is corrupted")
+        return code.filled(given)
+    if not isinstance(code, Code):
+        raise StreamError(f"the stream names {spec!r}, which has no decoder")
+    return code
 
 
 class _TwoStages(TensorwiseEstimator):

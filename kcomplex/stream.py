@@ -8,20 +8,26 @@ import torch
 from kcomplex.description import Description, TensorDescription
 from kcomplex.errors import StreamError, VerificationError, WeightsError
 from kcomplex.estimator import Code, Estimator
-from kcomplex.pipeline import build_estimator
+from kcomplex.given import GivenCode, GivenSource
+from kcomplex.pipeline import build_decoder, build_estimator
 from kcomplex.structure import decode_structure, encode_structure
 from kcomplex.weights import Source, TensorHandle, open_weights, values_of, words_of
 
 
-def encode_checkpoint(source: Source, estimator: str | Estimator) -> bytes:
+def encode_checkpoint(source: Source, estimator: str | Estimator, *, given: GivenSource | None = None) -> bytes:
     """Return the whole stream of weights under a code; eight times its length is what `describe` reports.
+
+    Parameters
+    ----------
+    given
+        Weights that the code may use; see `describe`. Decoding needs them again.
 
     Raises
     ------
     WeightsError
         The estimator has no decoder (its kind isn't ``code``).
     """
-    code = build_estimator(estimator)
+    code = build_estimator(estimator, given)
     if not isinstance(code, Code):
         raise WeightsError(f"{code.spec!r} is of kind {code.kind}: it has no stream that could be decoded")
     weights = open_weights(source)
@@ -32,8 +38,13 @@ def encode_checkpoint(source: Source, estimator: str | Estimator) -> bytes:
     return b"".join([structure, shared, *streams])
 
 
-def decode_checkpoint(data: bytes) -> dict[str, torch.Tensor]:
+def decode_checkpoint(data: bytes, *, given: GivenSource | None = None) -> dict[str, torch.Tensor]:
     """Return the tensors of a stream by name; tensors with several names appear under each, sharing storage.
+
+    Parameters
+    ----------
+    given
+        What the stream was encoded with, where that is so; a recipe that a stream names is never run unasked.
 
     Raises
     ------
@@ -43,9 +54,7 @@ def decode_checkpoint(data: bytes) -> dict[str, torch.Tensor]:
         The estimator that wrote it isn't installed.
     """
     structure = decode_structure(data)
-    code = build_estimator(structure.spec)
-    if not isinstance(code, Code):
-        raise StreamError(f"the stream names {structure.spec!r}, which has no decoder")
+    code = build_decoder(structure.spec, given)
     position = structure.size + structure.shared
     expected = position + sum(entry.length for entry in structure.tensors)
     if len(data) != expected:
@@ -57,7 +66,7 @@ def decode_checkpoint(data: bytes) -> dict[str, torch.Tensor]:
         piece = data[position : position + entry.length]
         position += entry.length
         try:
-            tensor = decoder.decode_tensor(piece, entry.dtype, entry.shape, shared)
+            tensor = decoder.decode_entry(piece, entry, shared)
         except (StreamError, MemoryError) as error:
             problem = str(error) or "it claims more memory than there is"
             raise StreamError(f"the tensor {entry.names[0]!r} can't be decoded: {problem}") from error
@@ -65,7 +74,7 @@ def decode_checkpoint(data: bytes) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def verify(source: Source, description: Description) -> None:
+def verify(source: Source, description: Description, *, given: GivenSource | None = None) -> None:
     """Prove a description of kind ``code``: encode, decode, and compare all that it says with what comes back.
 
     The stream must have the described bits; names, aliases, dtypes and shapes must come back; tensors that the code
@@ -79,9 +88,10 @@ def verify(source: Source, description: Description) -> None:
         The estimator has no decoder.
     """
     weights = open_weights(source)
-    data = encode_checkpoint(weights, description.estimator)
+    code = build_estimator(description.estimator, given)
+    data = encode_checkpoint(weights, code)
     try:
-        decoded = decode_checkpoint(data)
+        decoded = decode_checkpoint(data, given=code.given if isinstance(code, GivenCode) else None)
     except StreamError as error:
         raise VerificationError(f"{description.estimator}: its own stream can't be decoded: {error}") from error
     if 8 * len(data) != description.bits:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kcomplex.cli.output import errors
+from kcomplex.cli.output import GIVEN, errors
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -22,6 +22,7 @@ def encode(
     path: Annotated[str, typer.Argument(help="a checkpoint of any format that describe reads")],
     output: Annotated[Path, typer.Option("--output", "-o", help=".kcz file to write")],
     estimator: Annotated[str, typer.Option("--estimator", "-e", metavar="SPEC", help="a code")] = _DEFAULT,
+    given: Annotated[str | None, typer.Option(metavar="PATH|RECIPE", help=GIVEN)] = None,
     jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="threads; the file doesn't depend on it")] = 1,
 ) -> None:
     """Write a checkpoint as a .kcz file that decode gives back."""
@@ -30,7 +31,12 @@ def encode(
 
     with open_weights(path) as weights, _progress("encoding", weights.nbytes) as (bar, task):
         size = encode_file(
-            path, output, estimator, jobs=jobs, progress=lambda handle: bar.update(task, advance=handle.nbytes)
+            path,
+            output,
+            estimator,
+            given=given,
+            jobs=jobs,
+            progress=lambda handle: bar.update(task, advance=handle.nbytes),
         )
     bits = 8 * size / max(weights.elements, 1)
     ratio = weights.nbytes / size
@@ -42,6 +48,7 @@ def encode(
 def decode(
     path: Annotated[Path, typer.Argument(help=".kcz file")],
     output: Annotated[Path, typer.Option("--output", "-o", help=".safetensors file to write")],
+    given: Annotated[str | None, typer.Option(metavar="PATH|RECIPE", help=GIVEN)] = None,
     jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="threads")] = 1,
 ) -> None:
     """Write the tensors of a .kcz file as a safetensors file."""
@@ -50,19 +57,20 @@ def decode(
     with Container(path) as container:
         total = len(container.entries)
     with _progress("decoding", total) as (bar, task):
-        decode_file(path, output, jobs=jobs, progress=lambda _: bar.update(task, advance=1))
+        decode_file(path, output, given=given, jobs=jobs, progress=lambda _: bar.update(task, advance=1))
     errors.print(f"wrote {output}: {total} tensors", markup=False)
 
 
 def verify(
     path: Annotated[Path, typer.Argument(help=".kcz file")],
     original: Annotated[str | None, typer.Argument(help="the checkpoint that it was made of")] = None,
+    given: Annotated[str | None, typer.Option(metavar="PATH|RECIPE", help=GIVEN)] = None,
     jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="threads")] = 1,
 ) -> None:
     """Check every byte of a .kcz file, decode it, and compare it with the original; exit code 1 if they differ."""
     from kcomplex.container import verify_file
 
-    error = verify_file(path, original, jobs=jobs)
+    error = verify_file(path, original, given=given, jobs=jobs)
     told = "every bit" if error == 0 else f"quantised, mean squared error {error:.6g}"
     compared = f"decodes and is what {original} holds" if original is not None else "is undamaged and decodes"
     errors.print(f"{path} {compared} ({told})", markup=False)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kcomplex.cli.output import OutputFormat, errors, output_format, printable, write_frame
+from kcomplex.cli.output import GIVEN, OutputFormat, errors, output_format, printable, write_frame
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -32,6 +32,7 @@ def describe(
         list[str] | None, typer.Option(metavar="GLOB", help="only tensors that match; repeat it")
     ] = None,
     exclude: Annotated[list[str] | None, typer.Option(metavar="GLOB", help="no tensors that match; repeat it")] = None,
+    given: Annotated[str | None, typer.Option(metavar="PATH|RECIPE", help=GIVEN)] = None,
     per_tensor: Annotated[bool, typer.Option("--per-tensor", help="one row an estimator and tensor")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="list tensors and what would be skipped, reading headers only")
@@ -49,7 +50,7 @@ def describe(
     from kcomplex.weights import open_weights
 
     output = output_format(as_json, as_csv)
-    wanted = [build_estimator(spec) for spec in estimator or DEFAULT_ESTIMATORS]
+    wanted = [build_estimator(spec, given) for spec in estimator or DEFAULT_ESTIMATORS]
     documents = []
     frames = []
     with ExitStack() as stack:

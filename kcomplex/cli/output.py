@@ -17,6 +17,8 @@ from kcomplex.errors import SpecError
 if TYPE_CHECKING:
     import pandas as pd
 
+GIVEN = "weights that the code may use: a checkpoint, or 'seed:factory=package.module:function,seed=0'"
+
 errors = Console(stderr=True, highlight=False, soft_wrap=True)
 
 

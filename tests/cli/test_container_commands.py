@@ -69,3 +69,28 @@ def test_bad_input_is_one_clear_error(tmp_path: Path, run: Run, original: Path) 
         assert told in answer.stderr
         assert "Traceback" not in answer.stderr
     assert {path.name for path in tmp_path.iterdir()} == {"model.safetensors", "model.kcz", "damaged.kcz"}
+
+
+def test_a_checkpoint_goes_and_comes_back_given_another(tmp_path: Path, run: Run, original: Path) -> None:
+    tensors = safetensors.torch.load_file(original)
+    tensors["weight"] += 1e-4
+    tuned, packed, unpacked = (str(tmp_path / name) for name in ("tuned.safetensors", "tuned.kcz", "back.safetensors"))
+    safetensors.torch.save_file(tensors, tuned, metadata={"format": "pt"})
+    given = ("--given", str(original))
+    described = run("describe", tuned, "-e", "planes|zstd", "--verify", *given)
+    assert described.returncode == 0, described.stderr
+    assert f"given:{original}|planes|zstd,code" in described.stdout
+    assert run("encode", tuned, "-o", packed, *given).returncode == 0
+    assert run("decode", packed, "-o", unpacked, *given).returncode == 0
+    assert Path(unpacked).read_bytes() == Path(tuned).read_bytes()
+    assert run("verify", packed, tuned, *given).returncode == 0
+    for arguments, told in (
+        (("decode", packed, "-o", unpacked), "give them for decoding, too"),
+        (("decode", packed, "-o", unpacked, "--given", tuned), "given other weights"),
+        (("describe", tuned, "--given", "seed:factory=absent_package:build,seed=0"), "ModuleNotFoundError"),
+        (("describe", tuned, "-e", "l2", *given), "no use for given weights"),
+    ):
+        answer = run(*arguments)
+        assert answer.returncode == 2, arguments
+        assert told in answer.stderr
+        assert "Traceback" not in answer.stderr
