@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from kcomplex.compressors.binary_coder import as_bytes, finish_decoding
+from kcomplex.compressors.centring import centre
 from kcomplex.compressors.float_stream import FORMATS, FloatMix, new_float_memory
 from kcomplex.compressors.linear_prediction import Factors
 from kcomplex.compressors.logistic import tables
@@ -48,7 +49,6 @@ from kcomplex.weights import TensorHandle, tensor_from_words, word_dtype, words_
 
 # Integers are modelled up to this magnitude.
 _LARGEST = 1 << 48
-_SAMPLE = 1 << 16
 # Floats with so few values, each often enough, are a table and integers.
 _MOST_VALUES = 4096
 _FEWEST_USES = 16
@@ -111,8 +111,8 @@ class LearningMix(Coder):
         """Return layout (structure), choices of the linear prediction (tables) and the payload."""
         if not symbols.size:
             return []
-        centre = _centre(symbols)
-        values = symbols.astype(np.int64) - np.int64(centre)
+        middle = centre(symbols)
+        values = symbols.astype(np.int64) - np.int64(middle)
         largest = max(int(values.max()), -int(values.min()))
         if largest >= _LARGEST:
             return [Part(STRUCTURE, bytes([PLAIN])), Part("payload", to_bytes(symbols))]
@@ -125,7 +125,7 @@ class LearningMix(Coder):
             spent, encoder = np.zeros(len(FIELDS)), RowEncoder()
             _code(memory, rows, scale, choices, encoder, spent)
             return [
-                Part(STRUCTURE, bytes([mode | MODELLED]) + varint(zigzag(centre)) + varint(scale + 64)),
+                Part(STRUCTURE, bytes([mode | MODELLED]) + varint(zigzag(middle)) + varint(scale + 64)),
                 Part("tables", pack_choices(choices)),
                 Part("payload", encoder.finish(), dict(zip(FIELDS, spent.tolist(), strict=True))),
             ]
@@ -142,7 +142,7 @@ class LearningMix(Coder):
             return from_bytes(reader.rest(), shape, dtype)
         if not mode & MODELLED or mode > MODELLED + TRANSPOSED + LINEAR:
             raise StreamError(f"mix: a tensor of integers can't begin with {mode}")
-        centre = unzigzag(reader.varint())
+        middle = unzigzag(reader.varint())
         scale = reader.varint() - 64
         if scale > 383:
             raise StreamError(f"mix: a scale of {scale} eighths of an octave")
@@ -158,7 +158,7 @@ class LearningMix(Coder):
         finish_decoding(decoder.state, payload)
         if mode & TRANSPOSED:
             values = values.T
-        symbols: Symbols = (values.reshape(shape) + np.int64(centre)).astype(dtype)
+        symbols: Symbols = (values.reshape(shape) + np.int64(middle)).astype(dtype)
         return symbols
 
 
@@ -193,14 +193,3 @@ def _is_few_valued(indices: Symbols, word_bytes: int) -> bool:
     counts = np.bincount(indices.reshape(-1))
     used = indices.size - int(counts.max())
     return counts.size <= min(_MOST_VALUES, 1 << 4 * word_bytes, 1 + used // _FEWEST_USES)
-
-
-def _centre(symbols: Symbols) -> int:
-    """Return what magnitudes are counted from: zero, the mode or the median, whichever they are least far from."""
-    step = max(1, symbols.size // _SAMPLE)
-    sample = symbols.reshape(-1)[::step].astype(np.int64)
-    words, counts = np.unique(sample, return_counts=True)
-    candidates = [int(words[np.argmax(counts)]), int(words[np.searchsorted(2 * np.cumsum(counts), sample.size)])]
-    if words[0] <= 0 <= words[-1]:
-        candidates.insert(0, 0)
-    return min(candidates, key=lambda centre: float(np.log2(1.0 + np.abs(words - float(centre))) @ counts))

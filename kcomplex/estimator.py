@@ -353,8 +353,11 @@ class Quantiser(ABC):
 
     @property
     def lossless(self) -> bool:
-        """Whether nothing may be lost: then values needn't be finite, and tensors that don't come back bit for bit
-        (a half-precision NaN has more bits than its conversion keeps) are coded by the coder alone."""
+        """Whether nothing may be lost.
+
+        Then values needn't be finite, and tensors that don't come back bit for bit (a half-precision NaN has more bits
+        than its conversion keeps) are coded by the coder alone.
+        """
         return False
 
     def fit(self, tensors: Iterable[TensorHandle]) -> bytes:
