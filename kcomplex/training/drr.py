@@ -23,7 +23,7 @@ class DRR(Pruning):
 
     Parameters
     ----------
-    bits_per_parameter, alpha, samples, tolerance, error_tolerance, include, exclude
+    bits_per_parameter, alpha, samples, tolerance, error_tolerance, cleaning, include, exclude
         See `Pruning`.
     beta
         Sharpness of the count, positive.

@@ -25,7 +25,7 @@ class FPP(PMMP):
 
     Parameters
     ----------
-    bits_per_parameter, alpha, samples, tolerance, error_tolerance, include, exclude, u0, p0, gamma_lr, u_lr
+    bits_per_parameter, alpha, samples, tolerance, error_tolerance, cleaning, include, exclude, u0, p0, gamma_lr, u_lr
         See `PMMP`.
     longest
         The means forget what is much longer ago than so many steps: the newest value has a share of at least

@@ -37,7 +37,7 @@ class PMMP(Pruning):
 
     Parameters
     ----------
-    bits_per_parameter, alpha, samples, tolerance, error_tolerance, include, exclude
+    bits_per_parameter, alpha, samples, tolerance, error_tolerance, cleaning, include, exclude
         See `Pruning`.
     u0, p0
         Where u and gamma begin. A weight below ``sqrt(alpha / u0)`` begins by losing its gamma; with ``u0 = 0`` all do.

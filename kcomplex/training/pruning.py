@@ -6,14 +6,17 @@ import math
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from kcomplex.errors import SpecError, WeightsError
+from kcomplex.training.chain import links_of
 from kcomplex.training.mode import WEIGHT_LAYERS, Evaluate, Mode, chosen_parameters
 from kcomplex.training.parametrised import arithmetic_dtype, share_of_zeros
+from kcomplex.training.random_gradients import without_gradient
+from kcomplex.training.reachability import unreachable
 from kcomplex.training.tamade import prune_tolerably
 
 
@@ -34,6 +37,10 @@ class Pruning(Mode):
         Share by which pruning may make the held-out loss worse.
     error_tolerance
         By how much pruning may raise the share of held-out mistakes, such as 0.005; it takes the tolerance's place.
+    cleaning
+        How weights without any influence are found, which go too: ``graph`` by exact reachability, for a chain (see
+        `kcomplex.training.reachability`); ``gradients`` by random gradients, for any network (see
+        `kcomplex.training.random_gradients`); ``none`` leaves them.
     include, exclude
         Shell-style globs on parameter names. By default the weights of linear, convolution, embedding
         and attention layers; ``include=*`` prices biases and norms too.
@@ -49,6 +56,7 @@ class Pruning(Mode):
     samples: int | None = None
     tolerance: float = 0.01
     error_tolerance: float | None = None
+    cleaning: Literal["none", "graph", "gradients"] = "none"
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
 
@@ -88,10 +96,12 @@ class Pruning(Mode):
         Raises
         ------
         SpecError
-            There is no price, nothing to work on, or the mode is already attached.
+            There is no price, nothing to work on, the mode is already attached, or its cleaning needs a chain.
         """
         self.refuse_second_model()
         price = self.price
+        if self.cleaning == "graph":
+            links_of(model)
         chosen = chosen_parameters(model, WEIGHT_LAYERS, self.include, self.exclude)
         weights = {full: module.get_parameter(name) for module, name, full in chosen}
         self.attach_to(model)
@@ -128,15 +138,30 @@ class Pruning(Mode):
             The unpruned network's loss or error isn't finite.
         """
         state = self.pruned_state
+        self._clean(evaluate)
         if self.error_tolerance is None:
             prune_tolerably(state.weights.values(), evaluate, self.tolerance)
         elif error is None:
             raise SpecError(f"{self.name}: error_tolerance needs begin_fine_tuning(evaluate, error)")
         else:
             prune_tolerably(state.weights.values(), error, self.error_tolerance, absolute=True)
+        self._clean(evaluate)
         for full, weights in state.weights.items():
             state.pruned[full] = weights.detach() == 0
         state.fine_tuning = True
+
+    @torch.no_grad()
+    def _clean(self, evaluate: Evaluate) -> None:
+        if self.cleaning == "none":
+            return
+        if self.cleaning == "graph":
+            masks = unreachable(self.model)
+        else:
+            with torch.enable_grad():
+                masks = without_gradient(self.model, _shape_of_inputs(self.model, evaluate))
+        for full, weights in self.pruned_state.weights.items():
+            if full in masks:
+                weights.masked_fill_(masks[full], 0)
 
     def convert(self, model: nn.Module) -> nn.Module:
         """Return a plain copy in which the pruned weights are exactly zero."""
@@ -216,6 +241,20 @@ class PrunedState:
     def wide(self) -> list[torch.Tensor]:
         """Return the weights in the dtype that penalties are computed in, differentiable."""
         return [weights.to(arithmetic_dtype(weights.dtype)) for weights in self.weights.values()]
+
+
+def _shape_of_inputs(model: nn.Module, evaluate: Evaluate) -> tuple[int, ...]:
+    """Return the shape of the first batch that an evaluation gives to a model."""
+    shapes: list[tuple[int, ...]] = []
+
+    def remember(_: nn.Module, inputs: tuple[Any, ...]) -> None:
+        shapes.append(tuple(inputs[0].shape))
+
+    with model.register_forward_pre_hook(remember):
+        evaluate()
+    if not shapes:
+        raise SpecError("random gradients need an evaluation that calls the model")
+    return shapes[0]
 
 
 def _told(shapes: Mapping[str, torch.Size]) -> str:

@@ -19,7 +19,7 @@ class RelaxedL1(Pruning):
 
     Parameters
     ----------
-    bits_per_parameter, alpha, samples, tolerance, error_tolerance, include, exclude
+    bits_per_parameter, alpha, samples, tolerance, error_tolerance, cleaning, include, exclude
         See `Pruning`; the price is of a magnitude of 1.
     l2
         Weight of the sum of squares, in nats a sample.
