@@ -9,10 +9,17 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import bdm
 import coders
+import coding
 import hook
 import motif_assignment
 
-BENCHMARKS = {"bdm": bdm.main, "motifs": motif_assignment.main, "coders": coders.main, "hook": hook.main}
+BENCHMARKS = {
+    "bdm": bdm.main,
+    "motifs": motif_assignment.main,
+    "coders": coders.main,
+    "coding": coding.main,
+    "hook": hook.main,
+}
 
 
 def main() -> None:
