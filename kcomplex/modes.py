@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from kcomplex.training.codeq import CoDeQ as CoDeQ
     from kcomplex.training.drr import DRR as DRR
     from kcomplex.training.fpp import FPP as FPP
+    from kcomplex.training.layerwise import Layerwise as Layerwise
     from kcomplex.training.momos import MoMos as MoMos
     from kcomplex.training.pmmp import PMMP as PMMP
     from kcomplex.training.relaxed_l1 import RelaxedL1 as RelaxedL1

@@ -138,20 +138,21 @@ class Pruning(Mode):
             The unpruned network's loss or error isn't finite.
         """
         state = self.pruned_state
-        self._clean(evaluate)
+        self.clean(evaluate)
         if self.error_tolerance is None:
             prune_tolerably(state.weights.values(), evaluate, self.tolerance)
         elif error is None:
             raise SpecError(f"{self.name}: error_tolerance needs begin_fine_tuning(evaluate, error)")
         else:
             prune_tolerably(state.weights.values(), error, self.error_tolerance, absolute=True)
-        self._clean(evaluate)
+        self.clean(evaluate)
         for full, weights in state.weights.items():
             state.pruned[full] = weights.detach() == 0
         state.fine_tuning = True
 
     @torch.no_grad()
-    def _clean(self, evaluate: Evaluate) -> None:
+    def clean(self, evaluate: Evaluate) -> None:
+        """Set weights without any influence to zero, the way that `cleaning` says."""
         if self.cleaning == "none":
             return
         if self.cleaning == "graph":
