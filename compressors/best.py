@@ -50,6 +50,11 @@ class Best(Code):
         """Whether a member of the portfolio learns from tensor to tensor."""
         return any(member.sequential for member in self._members())
 
+    @property
+    def divisible(self) -> bool:
+        """True: pieces of a tensor may have members of their own."""
+        return True
+
     def fresh(self) -> Code:
         """Return the search of one stream; see `TensorwiseEstimator.fresh`."""
         return _Search(self, [member.fresh() for member in self._members()])

@@ -1,64 +1,40 @@
 """The ``.kcz`` file: a checkpoint under a code, checked whatever byte is read, decoded tensor by tensor.
 
-A file is eight magic bytes, a version, the side information that tensors share, a stream for each tensor, the index
-(structure, digests, notes), and a trailer with the index's length and digest. The index stands last, so that a file is
-written in one go with no more in memory than the tensors in flight.
+A file is eight magic bytes, a version, the side information that tensors share, a stream for each piece of each tensor,
+the index (structure, pieces, digests, notes), and a trailer with the index's length and digest. The index stands last,
+so that a file is written in one go with no more in memory than the pieces in flight. ``docs/kcz.md`` has every byte.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
+import math
 import os
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from threading import Lock
 from types import TracebackType
-from typing import Any, BinaryIO, Self
+from typing import BinaryIO, Self
 
 import numpy as np
 import torch
 
+from kcomplex.container_index import HEAD, Notes, PieceStream, digest_of, encode_index, read_index
 from kcomplex.errors import KComplexError, SourceNotFoundError, StreamError, VerificationError, WeightsError
 from kcomplex.estimator import Code, EncodedTensor, Estimator
 from kcomplex.files import replacing
 from kcomplex.formats.safetensors_file import original_layout, safetensors_header
 from kcomplex.given import GivenSource
+from kcomplex.parallel import in_order
+from kcomplex.pieces import Piece, handles_of
 from kcomplex.pipeline import build_decoder, build_estimator
-from kcomplex.structure import Reader, Structure, TensorEntry, decode_structure, encode_structure
+from kcomplex.structure import TensorEntry
 from kcomplex.weights import Source, TensorHandle, Weights, open_weights, values_of, words_of
 
-MAGIC = b"\x89KCZ\r\n\x1a\n"
-VERSION = 1
-_HEAD = MAGIC + bytes([VERSION])
-_DIGEST = 8
-_INDEX_DIGEST = 16
-_TRAILER = 8 + _INDEX_DIGEST
-# Deflate makes at most 1032 bytes of one; notes that claim more lie.
-_DEFLATE_LIMIT = 1032
+# Weights a piece.
+_LIMIT = 1 << 22
 
 Progress = Callable[[TensorHandle], None]
-
-
-@dataclass(frozen=True)
-class Notes:
-    """What a container tells beside its tensors.
-
-    Attributes
-    ----------
-    metadata
-        Of the safetensors file that was encoded.
-    order
-        Names in the order in which that file held their data; empty where it is that of the safetensors library.
-    inexact
-        Sum of squared errors of each tensor that the code doesn't give back bit for bit.
-    """
-
-    metadata: Mapping[str, str] = field(default_factory=dict)
-    order: tuple[str, ...] = ()
-    inexact: Mapping[str, float] = field(default_factory=dict)
 
 
 def encode_file(
@@ -85,7 +61,7 @@ def encode_file(
     jobs
         Threads; a code that learns from tensor to tensor uses one.
     progress
-        Called after each tensor.
+        Called after each piece: a tensor, or 4 million weights of one.
 
     Raises
     ------
@@ -108,33 +84,27 @@ def encode_file(
 
 def _write(file: BinaryIO, weights: Weights, code: Code, notes: Notes, jobs: int, progress: Progress | None) -> None:
     shared = code.prepare(weights)
-    file.write(_HEAD + shared)
-    digests = bytearray(_digest(shared))
-    lengths, inexact = [], {}
-    for handle, encoded in _encoded(weights, code, shared, jobs):
-        stream = encoded.to_bytes()
+    file.write(HEAD + shared)
+    limit = _LIMIT if code.divisible else 0
+    coder, digests = code.fresh(), bytearray(digest_of(shared))
+    lengths: dict[str, list[int]] = {name: [] for name in weights}
+    inexact: dict[str, float] = {}
+
+    def encode(piece: TensorHandle) -> tuple[TensorHandle, bytes, EncodedTensor]:
+        encoded = coder.encode_tensor(piece, shared)
+        return piece, encoded.to_bytes(), encoded
+
+    pieces = (piece for handle in weights.values() for piece in handles_of(handle, limit))
+    for piece, stream, encoded in in_order(encode, pieces, 1 if code.sequential else jobs):
         file.write(stream)
-        digests += _digest(stream)
-        lengths.append(len(stream))
+        digests += digest_of(stream)
+        lengths[piece.name].append(len(stream))
         if not encoded.exact:
-            inexact[handle.name] = encoded.squared_error
+            inexact[piece.name] = encoded.squared_error
         if progress is not None:
-            progress(handle)
-    told = {"metadata": dict(notes.metadata), "order": list(notes.order), "inexact": inexact}
-    packed = zlib.compress(json.dumps({key: value for key, value in told.items() if value}).encode(), 9)
-    index = encode_structure(code.full_spec, weights, len(shared), lengths) + bytes(digests) + packed
-    file.write(index + _trailer(index))
-
-
-def _encoded(weights: Weights, code: Code, shared: bytes, jobs: int) -> Iterable[tuple[TensorHandle, EncodedTensor]]:
-    coder = code.fresh()
-    handles = list(weights.values())
-    if code.sequential or jobs == 1 or len(handles) < 2:
-        return ((handle, coder.encode_tensor(handle, shared)) for handle in handles)
-    from joblib import Parallel, delayed
-
-    pool = Parallel(n_jobs=jobs, prefer="threads", return_as="generator")
-    return zip(handles, pool(delayed(coder.encode_tensor)(handle, shared) for handle in handles), strict=True)
+            progress(piece)
+    notes = replace(notes, inexact=inexact)
+    file.write(encode_index(code.full_spec, weights, len(shared), limit, lengths, bytes(digests), notes))
 
 
 class Container:
@@ -172,40 +142,15 @@ class Container:
             raise StreamError(f"{self.path}: {error}") from error
 
     def _open(self) -> None:
-        size = os.fstat(self._file.fileno()).st_size
-        head = self._file.read(len(_HEAD))
-        if not head.startswith(MAGIC):
-            raise StreamError("this isn't a .kcz file: it doesn't begin with its magic bytes")
-        if head != _HEAD:
-            raise StreamError(f"a .kcz file of version {head[-1:].hex()}: this kcomplex reads version {VERSION}")
-        if size < len(_HEAD) + _TRAILER:
-            raise StreamError("the file is truncated")
-        self._file.seek(size - _TRAILER)
-        trailer = self._file.read(_TRAILER)
-        length = int.from_bytes(trailer[:8], "little")
-        if length > size - len(_HEAD) - _TRAILER:
-            raise StreamError("the file is truncated or corrupted: its last bytes are no trailer")
-        self._file.seek(size - _TRAILER - length)
-        index = self._file.read(length)
-        if trailer != _trailer(index):
-            raise StreamError("the file is truncated or corrupted: its index hasn't the digest that it should have")
-        structure: Structure = decode_structure(index)
-        reader = Reader(index, structure.size)
-        self._digests = [reader.take(_DIGEST) for _ in range(len(structure.tensors) + 1)]
-        self.notes = _read_notes(reader.rest())
-        self.estimator = structure.spec
-        self.entries: tuple[TensorEntry, ...] = structure.tensors
-        self._offsets = [len(_HEAD) + structure.shared]
-        for entry in self.entries:
-            self._offsets.append(self._offsets[-1] + entry.length)
-        if self._offsets[-1] != size - _TRAILER - length:
-            raise StreamError("the file hasn't the length that its index announces")
-        self._code = build_decoder(structure.spec, self._given)
-        self._shared = self._section(len(_HEAD), structure.shared, 0, "the shared side information")
+        index = read_index(self._file)
+        self.estimator, self.entries, self.notes = index.spec, index.entries, index.notes
+        self._streams = index.streams
+        self._code = build_decoder(index.spec, self._given)
+        self._shared = self._section(*index.shared, "the shared side information")
         self._decoder, self._next = self._code.fresh(), 0
 
-    def tensors(self, jobs: int = 1) -> Iterator[tuple[TensorEntry, torch.Tensor]]:
-        """Yield every tensor with its entry, no more of them in memory than are being decoded.
+    def pieces(self, jobs: int = 1) -> Iterator[tuple[TensorEntry, Piece, torch.Tensor]]:
+        """Yield every tensor piece by piece, no more of them in memory than are being decoded.
 
         Parameters
         ----------
@@ -215,17 +160,12 @@ class Container:
         Raises
         ------
         StreamError
-            A tensor's bytes were changed.
+            A piece's bytes were changed.
         """
-        if self._code.sequential or jobs == 1:
-            for entry in self.entries:
-                yield entry, self.tensor(entry.names[0])
-            return
-        from joblib import Parallel, delayed
-
-        pool = Parallel(n_jobs=jobs, prefer="threads", return_as="generator")
-        decoded = pool(delayed(self._decoded)(index) for index in range(len(self.entries)))
-        yield from zip(self.entries, decoded, strict=True)
+        self._decoder, self._next = self._code.fresh(), len(self._streams)
+        decoded = in_order(self._decoded, self._streams, 1 if self._code.sequential else jobs)
+        for stream, tensor in zip(self._streams, decoded, strict=True):
+            yield self.entries[stream.tensor], stream.piece, tensor
 
     def tensor(self, name: str) -> torch.Tensor:
         """Return one tensor; of a code that learns from tensor to tensor, those before it are decoded first.
@@ -237,34 +177,41 @@ class Container:
         StreamError
             Its bytes were changed.
         """
-        index = next((place for place, entry in enumerate(self.entries) if name in entry.names), None)
-        if index is None:
+        place = next((place for place, entry in enumerate(self.entries) if name in entry.names), None)
+        if place is None:
             raise WeightsError(f"{self.path}: there is no tensor {name!r}")
-        if not self._code.sequential:
-            return self._decoded(index)
-        if index < self._next:
-            self._decoder, self._next = self._code.fresh(), 0
-        while self._next < index:
-            self._decoded(self._next)
-            self._next += 1
-        self._next = index + 1
-        return self._decoded(index)
+        wanted = [index for index, stream in enumerate(self._streams) if stream.tensor == place]
+        if self._code.sequential:
+            if wanted[0] < self._next:
+                self._decoder, self._next = self._code.fresh(), 0
+            for stream in self._streams[self._next : wanted[0]]:
+                self._decoded(stream)
+            self._next = wanted[-1] + 1
+        entry = self.entries[place]
+        if len(wanted) == 1:
+            return self._decoded(self._streams[wanted[0]])
+        data = torch.empty(math.prod(entry.shape) * entry.dtype.itemsize, dtype=torch.uint8)
+        for index in wanted:
+            start, stop, _ = self._streams[index].piece
+            words = words_of(self._decoded(self._streams[index]))
+            data.numpy()[start * entry.dtype.itemsize : stop * entry.dtype.itemsize] = words.view(np.uint8)
+        return data.view(entry.dtype).reshape(entry.shape)
 
-    def _decoded(self, index: int) -> torch.Tensor:
-        entry = self.entries[index]
+    def _decoded(self, stream: PieceStream) -> torch.Tensor:
+        entry = self.entries[stream.tensor]
         what = f"the tensor {entry.names[0]!r}"
         try:
-            stream = self._section(self._offsets[index], entry.length, index + 1, what)
-            return self._decoder.decode_entry(stream, entry, self._shared)
+            data = self._section(stream.offset, stream.length, stream.digest, what)
+            return self._decoder.decode_entry(data, replace(entry, shape=stream.piece.shape), self._shared)
         except (StreamError, MemoryError) as error:
             problem = str(error) or "it claims more memory than there is"
             raise StreamError(f"{self.path}: {what} can't be decoded: {problem}") from error
 
-    def _section(self, offset: int, length: int, place: int, what: str) -> bytes:
+    def _section(self, offset: int, length: int, digest: bytes, what: str) -> bytes:
         with self._reading:
             self._file.seek(offset)
             data = self._file.read(length)
-        if _digest(data) != self._digests[place]:
+        if digest_of(data) != digest:
             raise StreamError(f"the bytes of {what} were changed")
         return data
 
@@ -291,8 +238,8 @@ def decode_file(
 ) -> None:
     """Write the tensors of a ``.kcz`` file as a safetensors file, with the metadata and order of what was encoded.
 
-    Tensors with several names are written under each of them. The file is written tensor by tensor to a temporary
-    name, then renamed.
+    Tensors with several names are written under each of them. The file is written piece by piece to a temporary name,
+    then renamed.
 
     Raises
     ------
@@ -310,11 +257,11 @@ def decode_file(
         try:
             with replacing(target) as temporary, temporary.open("wb") as file:
                 file.write(header)
-                for entry, tensor in container.tensors(jobs):
+                for entry, piece, tensor in container.pieces(jobs):
                     for name in entry.names:
-                        file.seek(len(header) + offsets[name])
+                        file.seek(len(header) + offsets[name] + piece.start * entry.dtype.itemsize)
                         file.write(words_of(tensor).data)
-                    if progress is not None:
+                    if progress is not None and piece.stop == math.prod(entry.shape):
                         progress(entry)
         except OSError as error:
             raise KComplexError(f"{target}: can't be written: {error.strerror or error}") from error
@@ -346,28 +293,35 @@ def verify_file(
             notes = _layout_of(source, weights)
             if (dict(notes.metadata), notes.order) != (dict(container.notes.metadata), container.notes.order):
                 raise VerificationError(f"{path}: it holds other metadata, or another order, than {weights.source}")
-        for entry, tensor in container.tensors(jobs):
-            if weights is not None:
-                _compare(path, weights[entry.names[0]], entry, tensor, container.notes.inexact)
+        handle, original = None, torch.empty(0)
+        for entry, piece, tensor in container.pieces(jobs):
+            if weights is None:
+                continue
+            if not piece.start:
+                handle = weights[entry.names[0]]
+                original = handle.read()
+                if (handle.dtype, handle.shape, (handle.name, *handle.aliases)) != (
+                    entry.dtype,
+                    entry.shape,
+                    entry.names,
+                ):
+                    raise _different(path, entry)
+            part = original if tensor.shape == original.shape else original.reshape(-1)[piece.start : piece.stop]
+            if not _same(part, tensor, container.notes.inexact.get(entry.names[0])):
+                raise _different(path, entry)
         elements = sum(int(np.prod(entry.shape, dtype=np.int64)) for entry in container.entries)
         return sum(container.notes.inexact.values()) / max(elements, 1)
 
 
-def _compare(
-    path: str | os.PathLike[str],
-    handle: TensorHandle,
-    entry: TensorEntry,
-    tensor: torch.Tensor,
-    inexact: Mapping[str, float],
-) -> None:
-    same = (handle.dtype, handle.shape, (handle.name, *handle.aliases)) == (entry.dtype, entry.shape, entry.names)
-    if same and handle.name in inexact:
-        difference = handle.values().astype(np.float64) - values_of(tensor).astype(np.float64)
-        same = float(np.square(difference).sum()) == inexact[handle.name]
-    elif same:
-        same = words_of(tensor).tobytes() == handle.words().tobytes()
-    if not same:
-        raise VerificationError(f"{path}: the tensor {handle.name!r} isn't what was encoded")
+def _same(original: torch.Tensor, decoded: torch.Tensor, squared_error: float | None) -> bool:
+    if squared_error is None:
+        return np.array_equal(words_of(original), words_of(decoded))
+    difference = values_of(original).astype(np.float64) - values_of(decoded).astype(np.float64)
+    return float(np.square(difference).sum()) == squared_error
+
+
+def _different(path: str | os.PathLike[str], entry: TensorEntry) -> VerificationError:
+    return VerificationError(f"{path}: the tensor {entry.names[0]!r} isn't what was encoded")
 
 
 def _layout_of(source: Source | None, weights: Weights) -> Notes:
@@ -380,24 +334,3 @@ def _layout_of(source: Source | None, weights: Weights) -> Notes:
     metadata, order = layout
     known = {name for handle in weights.values() for name in (handle.name, *handle.aliases)}
     return Notes(metadata, tuple(name for name in order if name in known))
-
-
-def _read_notes(packed: bytes) -> Notes:
-    inflater = zlib.decompressobj()
-    try:
-        text = inflater.decompress(packed, _DEFLATE_LIMIT * max(len(packed), 1))
-        told: dict[str, Any] = json.loads(text)
-    except (zlib.error, ValueError) as error:
-        raise StreamError(f"the notes of the file are corrupted: {error}") from error
-    if not inflater.eof or inflater.unused_data or not isinstance(told, dict):
-        raise StreamError("the notes of the file are corrupted")
-    return Notes(told.get("metadata", {}), tuple(told.get("order", ())), told.get("inexact", {}))
-
-
-def _digest(data: bytes) -> bytes:
-    return hashlib.blake2b(data, digest_size=_DIGEST).digest()
-
-
-def _trailer(index: bytes) -> bytes:
-    length = len(index).to_bytes(8, "little")
-    return length + hashlib.blake2b(_HEAD + index + length, digest_size=_INDEX_DIGEST).digest()

@@ -206,6 +206,11 @@ class Code(TensorwiseEstimator):
         """Return what encodes or decodes the tensors of one stream; see `TensorwiseEstimator.fresh`."""
         return self
 
+    @property
+    def divisible(self) -> bool:
+        """Whether pieces of a tensor may be coded as tensors of their own: no, where a whole tensor is quantised."""
+        return False
+
     @abstractmethod
     def encode_tensor(self, handle: TensorHandle, shared: bytes) -> EncodedTensor:
         """Return one tensor's stream."""
@@ -233,6 +238,11 @@ class Code(TensorwiseEstimator):
 
 class Coder(Code):
     """A lossless code for integers. Subclasses implement `encode` and `decode` and may itemise with `encode_parts`."""
+
+    @property
+    def divisible(self) -> bool:
+        """True: every word comes back, whatever stands around it."""
+        return True
 
     def fresh(self) -> Coder:
         """Return what encodes or decodes the tensors of one stream; see `TensorwiseEstimator.fresh`."""

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import tracemalloc
+from functools import cache
 
 import numpy as np
 import pytest
@@ -144,6 +145,11 @@ def network() -> dict[str, torch.Tensor]:
         "scalar": torch.tensor(0.5),
         "none": torch.zeros(0, 4),
     }
+
+
+@cache
+def stream_of_the_network(spec: str) -> bytes:
+    return encode_checkpoint(network(), spec)
 
 
 def tensors_of_any_bits() -> st.SearchStrategy[dict[str, torch.Tensor]]:
@@ -319,7 +325,7 @@ def test_a_code_of_nearly_nothing_can_be_decoded(spec, share):
 @settings(max_examples=25, deadline=None)
 @given(data=st.data())
 def test_a_damaged_stream_is_refused_or_decodes_within_bounded_memory(spec, data):
-    stream = bytearray(_STREAMS.setdefault(spec, encode_checkpoint(network(), spec)))
+    stream = bytearray(stream_of_the_network(spec))
     if data.draw(st.booleans()):
         stream = stream[: data.draw(st.integers(0, len(stream) - 1))]
     else:
@@ -338,7 +344,7 @@ def test_a_damaged_stream_is_refused_or_decodes_within_bounded_memory(spec, data
 
 @pytest.mark.parametrize("spec", codes())
 def test_a_stream_that_is_cut_is_refused(spec):
-    stream = encode_checkpoint(network(), spec)
+    stream = stream_of_the_network(spec)
     for length in np.linspace(0, len(stream) - 1, 40).astype(int):
         with pytest.raises(KComplexError):
             decode_checkpoint(stream[:length])
@@ -347,6 +353,3 @@ def test_a_stream_that_is_cut_is_refused(spec):
 def test_every_registered_estimator_is_covered():
     covered = {build(GROUP, stage).name for spec in SPECS for stage in split_stages(spec)}
     assert covered == set(registry(GROUP).names())
-
-
-_STREAMS: dict[str, bytes] = {}
