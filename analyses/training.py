@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import math
 import pickle
 from pathlib import Path
@@ -18,7 +17,7 @@ from kcomplex.analyses.experiment import Experiment
 from kcomplex.analyses.networks import network
 from kcomplex.errors import RunError
 from kcomplex.files import replacing
-from kcomplex.training.mode import Mode, mode
+from kcomplex.training.mode import Mode, ParameterGroups, mode
 from kcomplex.training.schedule import Course, Phase, Verdict
 
 # Images evaluated at once: bounds the memory that activations take.
@@ -47,7 +46,7 @@ class Training:
         self.experiment = experiment
         self.data = data.to(device)
         self.model = network(experiment.network).build(data.input_shape, data.classes).to(device)
-        self.mode = _with_samples(mode(experiment.mode), len(data.train))
+        self.mode = mode(experiment.mode).with_samples(len(data.train))
         self.mode.prepare(self.model)
         self.optimizer = _optimizer(experiment, self.mode)
         self.course = Course(experiment.phases())
@@ -128,9 +127,11 @@ class Training:
         """
         try:
             state = torch.load(path, map_location=self.experiment.device, weights_only=True)
+            # The mode first: a sequence attaches its second mode, which changes the names of the model's tensors.
+            self.mode.load_state_dict(state["mode"])
+            self._take_up_new_groups()
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
-            self.mode.load_state_dict(state["mode"])
             self.course.load_state_dict(state["course"])
             self._kept = state["kept"]
             self.shuffling.set_state(state["shuffling"].cpu())
@@ -174,8 +175,16 @@ class Training:
             self.mode.load_state_dict(self._kept["mode"])
         if verdict.prune:
             self.mode.begin_fine_tuning(self._validation_loss, self._validation_error)
+            self._take_up_new_groups()
         if verdict.prune or verdict.finished:
             self._kept = None
+
+    def _take_up_new_groups(self) -> None:
+        """Let the optimiser train what the mode has added; it stays the same object, which a tracker has hooks on."""
+        known = {id(parameter) for group in self.optimizer.param_groups for parameter in group["params"]}
+        for group in _parameter_groups(self.experiment, self.mode):
+            if not known.issuperset(map(id, group["params"])):
+                self.optimizer.add_param_group(group)
 
     def _validation_loss(self) -> float:
         return self.evaluate(self.data.validation)[0]
@@ -195,17 +204,15 @@ class Training:
         }
 
 
-def _with_samples(configured: Mode, samples: int) -> Mode:
-    """Return the mode with the number of training samples where it asks for one (to price parameters in bits)."""
-    if any(field.name == "samples" for field in dataclasses.fields(configured)) and configured.samples is None:  # type: ignore[attr-defined]
-        return dataclasses.replace(configured, samples=samples)  # type: ignore[call-arg]
-    return configured
-
-
 def _optimizer(experiment: Experiment, prepared: Mode) -> torch.optim.Optimizer:
-    groups = prepared.parameter_groups(lr=experiment.lr, weight_decay=experiment.weight_decay)
-    for group in groups:
-        group["initial_lr"] = group["lr"]
+    groups = _parameter_groups(experiment, prepared)
     if experiment.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=experiment.lr, momentum=0.9)
     return torch.optim.AdamW(groups, lr=experiment.lr)
+
+
+def _parameter_groups(experiment: Experiment, prepared: Mode) -> ParameterGroups:
+    groups = prepared.parameter_groups(lr=experiment.lr, weight_decay=experiment.weight_decay)
+    for group in groups:
+        group["initial_lr"] = group["lr"]
+    return groups

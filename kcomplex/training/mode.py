@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import reduce
 from typing import Any, ClassVar
 
 import torch
@@ -14,7 +16,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from kcomplex.errors import SpecError
-from kcomplex.spec import build, spec_of
+from kcomplex.spec import build, spec_of, split_stages
 
 ParameterGroups = list[dict[str, Any]]
 Evaluate = Callable[[], float]
@@ -60,6 +62,12 @@ class Mode(ABC):
         """Specification string that builds this mode's configuration again."""
         return spec_of(self)
 
+    def with_samples(self, samples: int) -> Mode:
+        """Return the mode with the number of training samples, where it asks for one to price parameters in bits."""
+        if getattr(self, "samples", samples) is None:
+            return dataclasses.replace(self, samples=samples)  # type: ignore[call-arg]
+        return self
+
     @abstractmethod
     def prepare(self, model: nn.Module) -> None:
         """Attach the mode to a model, in place.
@@ -104,6 +112,10 @@ class Mode(ABC):
             Returns the loss on held-out data in nats, which says what can go.
         error
             Returns the share of mistakes on held-out data, for modes that go by accuracy.
+
+        Notes
+        -----
+        A sequence of modes has more `parameter_groups` from here on.
         """
 
     def convert(self, model: nn.Module) -> nn.Module:
@@ -160,6 +172,8 @@ class Mode(ABC):
 def mode(spec: str | Mode) -> Mode:
     """Return the mode of a specification string, such as ``momos:block_size=4,capacity=0.01``.
 
+    Two modes joined by ``|`` follow one another; see `kcomplex.training.sequence`.
+
     Raises
     ------
     SpecError
@@ -169,10 +183,18 @@ def mode(spec: str | Mode) -> Mode:
     """
     if isinstance(spec, Mode):
         return spec
-    built = build("kcomplex.modes", spec)
-    if not isinstance(built, Mode):
-        raise SpecError(f"{spec!r} names {type(built).__name__}, which isn't a training mode")
-    return built
+    stages = []
+    for stage in split_stages(spec):
+        built = build("kcomplex.modes", stage)
+        if not isinstance(built, Mode):
+            raise SpecError(f"{stage!r} names {type(built).__name__}, which isn't a training mode")
+        stages.append(built)
+    if len(stages) == 1:
+        return stages[0]
+    # Only where it is used: a sequence is a mode, and so imports this module.
+    from kcomplex.training.sequence import Sequence
+
+    return reduce(Sequence, stages)
 
 
 def chosen_parameters(

@@ -26,7 +26,7 @@ from kcomplex.tracking.frames import load_configurations, load_runs, load_snapsh
 SHORT = Experiment(
     "short", network="mlp:hidden=16", epochs=2, fine_tune_epochs=1, batch_size=200, lr=0.01, estimators=("raw", "zstd")
 )
-MODES = ["baseline", "uniform_qat", "codeq", "momos:capacity=0.2", "pmmp"]
+MODES = ["baseline", "uniform_qat", "codeq", "momos:capacity=0.2", "pmmp", "drr|codeq"]
 
 
 class Interruption(Exception):
