@@ -20,6 +20,8 @@ from kcomplex.spec import build, spec_of, split_stages
 
 ParameterGroups = list[dict[str, Any]]
 Evaluate = Callable[[], float]
+# Module, name of its parameter, full name.
+Place = tuple[nn.Module, str, str]
 
 # The parameters of these names in these layers are what a mode works on by default.
 WEIGHT_LAYERS: tuple[type[nn.Module], ...] = (
@@ -203,7 +205,8 @@ def chosen_parameters(
     include: str | Iterable[str],
     exclude: str | Iterable[str],
     parameter_names: tuple[str, ...] | None = WEIGHT_NAMES,
-) -> list[tuple[nn.Module, str, str]]:
+    parametrised: bool = False,
+) -> list[Place]:
     """Return (module, parameter name, full name) of the trainable parameters that a mode works on, each one once.
 
     A shared parameter is returned where it comes first, and goes by all its places: it is chosen by type and parameter
@@ -216,9 +219,15 @@ def chosen_parameters(
     types
         Only parameters directly in modules of these types; None for every type.
     include, exclude
-        Shell-style globs on full names, or one alone; an include pattern overrides types and parameter names.
+        Patterns, or one alone: shell-style globs on full parameter names (``*.bias``, ``conv1.weight``), on names of
+        modules (``conv1``, which isn't ``layer1.conv1``), or on types of modules and their bases (``type:Embedding``,
+        ``type:_BatchNorm``). An include pattern for parameter names overrides types and parameter names, one for
+        modules overrides types only.
     parameter_names
         Only parameters of these names; None for every name.
+
+    parametrised
+        Choose the latent weights of parametrised ones too, under their plain names; see `latent`.
 
     Raises
     ------
@@ -226,25 +235,29 @@ def chosen_parameters(
         An include or exclude pattern matches no parameter, nothing is chosen, or something that isn't real floats.
     """
     include, exclude = _patterns(include), _patterns(exclude)
-    places = _places(model)
-    names = [full for shared in places for _, _, full in shared]
+    places = _places(model, parametrised)
     for pattern in (*include, *exclude):
-        if not _match(names, (pattern,)):
+        if not any(_matches(place, pattern) for shared in places for place in shared):
+            names = [full for shared in places for _, _, full in shared]
             raise SpecError(f"no trainable parameter matches {pattern!r}; there are {', '.join(names[:8])} ...")
+
+    def named(place: Place) -> bool:
+        return parameter_names is None or place[1] in parameter_names
+
+    def wanted(place: Place) -> bool:
+        if not include:
+            return (types is None or isinstance(place[0], types)) and named(place)
+        return any(fnmatchcase(place[2], p) or (_matches(place, p) and named(place)) for p in include)
+
     chosen = []
     for shared in places:
-        fulls = [full for _, _, full in shared]
-        by_kind = any(
-            (types is None or isinstance(module, types)) and (parameter_names is None or name in parameter_names)
-            for module, name, _ in shared
-        )
-        wanted = _match(fulls, include) if include else by_kind
-        if wanted and not _match(fulls, exclude):
+        excluded = any(_matches(place, pattern) for place in shared for pattern in exclude)
+        if any(map(wanted, shared)) and not excluded:
             chosen.append(shared[0])
     if not chosen:
         raise SpecError(f"{type(model).__name__} has no parameter that the mode could work on")
     for module, name, full in chosen:
-        dtype = module.get_parameter(name).dtype
+        dtype = latent(module, name).dtype
         if not dtype.is_floating_point:
             raise SpecError(f"the parameter {full!r} is {dtype}, not a real float: exclude it")
     return chosen
@@ -254,15 +267,32 @@ def _patterns(given: str | Iterable[str]) -> tuple[str, ...]:
     return (given,) if isinstance(given, str) else tuple(given)
 
 
-def _match(names: Iterable[str], patterns: tuple[str, ...]) -> bool:
-    return any(fnmatchcase(name, pattern) for name in names for pattern in patterns)
+def _matches(place: Place, pattern: str) -> bool:
+    module, _, full = place
+    kind, colon, glob = pattern.partition(":")
+    if colon and kind == "type":
+        return any(fnmatchcase(cls.__name__, glob) for cls in type(module).__mro__)
+    return fnmatchcase(full, pattern) or fnmatchcase(full.rpartition(".")[0], pattern)
 
 
-def _places(model: nn.Module) -> list[list[tuple[nn.Module, str, str]]]:
-    """Return (module, parameter name, full name) of every place of every trainable parameter that isn't empty."""
-    places: dict[int, list[tuple[nn.Module, str, str]]] = {}
+def latent(module: nn.Module, name: str) -> nn.Parameter:
+    """Return a parameter of a module, or the original of one that has parametrisations."""
+    parameter = module._parameters.get(name)
+    if parameter is None:
+        parameter = module.get_parameter(f"parametrizations.{name}.original")
+    return parameter
+
+
+def _places(model: nn.Module, parametrised: bool) -> list[list[Place]]:
+    """Return every place of every trainable parameter that isn't empty."""
+    places: dict[int, list[Place]] = {}
     for prefix, module in model.named_modules(remove_duplicate=False):
-        for name, parameter in module._parameters.items():
+        inside = isinstance(module, parametrize.ParametrizationList)
+        named = {} if parametrised and inside else dict(module._parameters)
+        if parametrised and parametrize.is_parametrized(module):
+            chains = module.get_submodule("parametrizations").named_children()
+            named |= {name: chain._parameters["original"] for name, chain in chains if "original" in chain._parameters}
+        for name, parameter in named.items():
             if parameter is not None and parameter.requires_grad and parameter.numel():
                 full = f"{prefix}.{name}" if prefix else name
                 places.setdefault(id(parameter), []).append((module, name, full))

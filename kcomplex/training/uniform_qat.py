@@ -27,8 +27,8 @@ class UniformQAT(Mode):
     per_channel
         One scale for each row of the first axis instead of one a tensor.
     include, exclude
-        Shell-style globs on parameter names. By default the weights of linear, convolution, embedding
-        and attention layers.
+        Patterns on names of parameters or modules, or on types; see `kcomplex.training.mode.chosen_parameters`. By
+        default the weights of linear, convolution, embedding and attention layers.
 
     Raises
     ------

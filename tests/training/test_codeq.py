@@ -10,6 +10,7 @@ from hypothesis.extra import numpy as hnp
 from torch import nn
 
 from kcomplex.errors import SpecError
+from kcomplex.training import dead_zone
 from kcomplex.training.codeq import CoDeQ
 from kcomplex.training.dead_zone import DeadZoneQuantiser, Scheme, quantile_and_maximum
 
@@ -30,8 +31,10 @@ def quantiser(
     max_bits: int = 8,
     quantile: float = 0.99,
     reference: bool = False,
+    per_channel: bool = False,
 ) -> DeadZoneQuantiser:
-    made = DeadZoneQuantiser(Scheme(bits, max_bits, quantile, reference), logit_bits is not None, logit, CPU)
+    scheme = Scheme(bits, max_bits, quantile, reference, per_channel)
+    made = DeadZoneQuantiser(scheme, logit_bits is not None, logit, CPU)
     if logit_bits is not None:
         with torch.no_grad():
             made.logit_bits.fill_(logit_bits)
@@ -81,8 +84,8 @@ def test_the_reference_gives_the_published_values_and_gradients(case):
     assert integers.bits == case["bits"]
     np.testing.assert_array_equal(integers.codes.numpy(), case["code"])
     if not half:
-        assert integers.dead_zone == pytest.approx(float(case["deadzone_width"]), rel=1e-5, abs=1e-7)
-        assert integers.step == pytest.approx(float(case["step"]), rel=1e-6)
+        assert float(integers.dead_zone) == pytest.approx(float(case["deadzone_width"]), rel=1e-5, abs=1e-7)
+        assert float(integers.step) == pytest.approx(float(case["step"]), rel=1e-6)
     for logit, key in ((made.logit_dead_zone, "grad_logit_dz"), (made.logit_bits, "grad_logit_bit")):
         if logit is not None and not np.isnan(case[key]):
             assert logit.grad.item() == pytest.approx(float(case[key]), rel=5e-2 if half else 1e-4, abs=1e-7)
@@ -109,7 +112,7 @@ def test_quantiles_are_the_published_ones():
         if key.endswith("_x"):
             number = key.removesuffix("_x")
             for quantile, expected in ((0.99, arrays[f"{number}_q99"]), (0.5, arrays[f"{number}_q50"])):
-                found, largest = quantile_and_maximum(torch.tensor(arrays[key]), quantile)
+                found, largest = quantile_and_maximum(torch.tensor(arrays[key]).reshape(1, -1), quantile)
                 assert found.item() == pytest.approx(float(expected), rel=1e-6)
                 assert largest.item() == arrays[key].max()
 
@@ -120,7 +123,7 @@ def test_quantiles_are_the_published_ones():
     quantile=st.floats(0, 1),
 )
 def test_quantiles_are_those_of_numpy(magnitudes, quantile):
-    found, largest = quantile_and_maximum(torch.tensor(magnitudes), quantile)
+    found, largest = quantile_and_maximum(torch.tensor(magnitudes).reshape(1, -1), quantile)
     assert largest == magnitudes.max()
     assert found.item() == pytest.approx(
         float(np.quantile(magnitudes.astype(np.float64), quantile)), rel=1e-5, abs=1e-30
@@ -164,7 +167,7 @@ def straight_through(made: DeadZoneQuantiser, weights: torch.Tensor) -> torch.Te
     def passed(exact: torch.Tensor, rounded: torch.Tensor) -> torch.Tensor:
         return exact + (rounded - exact).detach()
 
-    absmax = made.scheme.absmax(weights.detach())
+    absmax = made.scheme.absmax(weights.detach().reshape(1, -1))[0]
     bits = torch.tensor(float(made.scheme.bits))
     if made.logit_bits is not None:
         bits = 2 + (made.scheme.max_bits - 2) * torch.sigmoid(2 * made.logit_bits - 3)
@@ -199,6 +202,65 @@ def test_closed_form_gradients_are_those_of_the_elementary_steps(logit, logit_bi
         gradients.append([latent.grad, *(parameter.grad for parameter in made.parameters())])
     for ours, theirs in zip(*gradients, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-7, atol=1e-9)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    values=values,
+    bits=st.none() | st.floats(-2, 5),
+    logit=st.floats(-2, 5),
+    per_channel=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
+)
+def test_the_compiled_loops_do_what_the_tensor_operations_do(values, bits, logit, per_channel, dtype):
+    weights = torch.from_numpy(values).to(dtype)
+    upstream = torch.randn(weights.shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    outcomes = []
+    for compiled in (True, False):
+        made = quantiser(logit, 3, bits, quantile=0.9, per_channel=per_channel)
+        latent = weights.clone().requires_grad_()
+        with pytest.MonkeyPatch.context() as patch:
+            if not compiled:
+                patch.setattr(dead_zone, "_compiled", lambda *_: False)
+            quantised = made(latent)
+            (quantised * upstream).sum().backward()
+            integers = made.integers(weights)
+        assert torch.equal(integers.values(), quantised.detach())
+        assert not torch.signbit(quantised[quantised == 0]).any()
+        outcomes.append((quantised.detach(), latent.grad, *(logit.grad for logit in made.parameters())))
+    scale = float(weights.abs().max())
+    # A weight on the edge of a bin may fall on either side: one step, of one weight.
+    differing = ~torch.isclose(outcomes[0][0].float(), outcomes[1][0].float(), atol=1e-5 * scale)
+    if not differing.any():
+        for ours, theirs in zip(*outcomes, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-2 if dtype is torch.bfloat16 else 1e-3, atol=1e-3 * scale)
+    assert int(differing.sum()) <= 2
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_each_channel_is_quantised_as_if_it_were_alone(compiled, monkeypatch):
+    if not compiled:
+        monkeypatch.setattr(dead_zone, "_compiled", lambda *_: False)
+    weights = (
+        torch.randn(5, 3, 2, generator=torch.Generator().manual_seed(0))
+        * torch.tensor([1, 10, 0.1, 0, 5])[:, None, None]
+    )
+    together = quantiser(1.5, bits=3, per_channel=True)
+    alone = [quantiser(1.5, bits=3) for _ in weights]
+    latent = weights.clone().requires_grad_()
+    upstream = torch.randn(weights.shape, generator=torch.Generator().manual_seed(1))
+    (together(latent) * upstream).sum().backward()
+    slope = 0.0
+    for row, (made, part) in enumerate(zip(alone, weights, strict=True)):
+        single = part.clone().requires_grad_()
+        quantised = made(single)
+        (quantised * upstream[row]).sum().backward()
+        assert torch.equal(together(weights)[row], quantised)
+        slope += made.logit_dead_zone.grad.item()
+    assert together.logit_dead_zone.grad.item() == pytest.approx(slope, rel=1e-4)
+    integers = together.integers(weights)
+    assert integers.step.shape == (5,)
+    assert torch.equal(integers.values(), together(weights))
 
 
 def test_weights_that_are_zero_have_a_gradient_by_default_and_none_as_published():

@@ -1,0 +1,92 @@
+"""What the training modes cost on one thread: steps on ResNet-20 beside a plain step, and a projection of MoMos.
+
+``python tests/bench/training_step.py`` prints ratios of processor time, the median of pairs of steps taken in turn,
+then seconds and growth of the peak memory of one projection. Names of modes measure those alone.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from itertools import pairwise
+
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from kcomplex.training.mode import mode
+
+BATCH = 32
+STEPS = 40
+SPECS = {
+    "uniform_qat": "uniform_qat",
+    "codeq fixed": "codeq",
+    "codeq mixed": "codeq:learnable_bits=true",
+    "pmmp": "pmmp:alpha=1e-5",
+}
+
+
+class Block(nn.Module):
+    """Two 3x3 convolutions and the way past them, which has no parameters."""
+
+    def __init__(self, before: int, after: int) -> None:
+        super().__init__()
+        self.stride = after // before
+        self.first = nn.Conv2d(before, after, 3, self.stride, 1, bias=False)
+        self.first_norm = nn.BatchNorm2d(after)
+        self.second = nn.Conv2d(after, after, 3, 1, 1, bias=False)
+        self.second_norm = nn.BatchNorm2d(after)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the block's output."""
+        y = self.second_norm(self.second(self.first_norm(self.first(x)).relu()))
+        if self.stride > 1:
+            missing = y.shape[1] - x.shape[1]
+            x = nn.functional.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, missing // 2, missing // 2))
+        return (x + y).relu()
+
+
+def resnet20() -> nn.Sequential:
+    """Return ResNet-20 for 32x32 images: 269,722 parameters."""
+    widths = [16, 16, 16, 16, 32, 32, 32, 64, 64, 64]
+    blocks = [Block(before, after) for before, after in pairwise(widths)]
+    stem = [nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU()]
+    return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
+
+
+class Loop:
+    """A training in progress."""
+
+    def __init__(self, spec: str) -> None:
+        torch.manual_seed(0)
+        self.model = resnet20()
+        self.mode = mode(spec)
+        self.mode.prepare(self.model)
+        self.optimizer = torch.optim.AdamW(self.mode.parameter_groups(lr=1e-3))
+        self.inputs = torch.randn(BATCH, 3, 32, 32)
+        self.labels = torch.randint(10, (BATCH,))
+
+    def step(self) -> float:
+        """Take one step and return its seconds of processor time."""
+        begin = time.process_time()
+        self.optimizer.zero_grad()
+        (cross_entropy(self.model(self.inputs), self.labels) + self.mode.penalty()).backward()
+        self.optimizer.step()
+        self.mode.after_step()
+        return time.process_time() - begin
+
+
+def main(names: list[str]) -> None:
+    """Print one line a mode."""
+    torch.set_num_threads(1)
+    for name in names or SPECS:
+        plain, modified = Loop("baseline"), Loop(SPECS[name])
+        pairs = [(plain.step(), modified.step()) for _ in range(STEPS + 3)][3:]
+        ratio = statistics.median(theirs / ours for ours, theirs in pairs)
+        ours, theirs = (1000 * statistics.median(values) for values in zip(*pairs, strict=True))
+        print(f"{name:14} {ratio:6.3f} x a plain step ({theirs:.1f} ms for {ours:.1f} ms)", flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
