@@ -170,7 +170,7 @@ class CoDeQ(Mode):
             answer = self._mean(lambda quantiser, _: quantiser.slope_of_bits)
             state.controllers["bits"].move(bits, -self._mean_bits(), answer)
 
-    def begin_fine_tuning(self, evaluate: Evaluate) -> None:
+    def begin_fine_tuning(self, evaluate: Evaluate, error: Evaluate | None = None) -> None:
         """Fix dead zones and bits, so that the last epochs adapt the weights to them."""
         self._fix(fixed=True)
 

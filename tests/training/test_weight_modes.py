@@ -36,6 +36,7 @@ MODES = {
     "codeq reference": lambda **options: CoDeQ(bits=3, dead_zone_lr=0.05, reference=True, **options),
     "codeq bits": lambda **options: CoDeQ(learnable_bits=True, max_bits=4, bits_lr=0.05, **options),
     "codeq targets": lambda **options: CoDeQ(
+        initial_logit=0.5,
         bits_lr=0.05,
         dead_zone_lr=0.05,
         learnable_bits=True,
