@@ -10,11 +10,11 @@ from matplotlib.axes import Axes
 
 from kcomplex.analyses.figure import axes_or_new, length_label, scale_lengths, styles
 from kcomplex.analyses.selection import last_snapshots, measured_by
+from kcomplex.description import SHARED as SHARED
 from kcomplex.tracking.frames import load_runs, load_tensors
 
 # The longest tensors that have bars of their own; the others are summed in one more.
 _MOST_TENSORS = 12
-SHARED = "(shared by all)"
 
 
 def compute(

@@ -51,6 +51,13 @@ class Planes(Transform):
         columns = _big_endian_bytes(symbols)
         return b"", [np.ascontiguousarray(columns[..., index]) for index in range(symbols.dtype.itemsize)]
 
+    def payload_names(self, streams: int) -> list[str]:
+        """Return ``byte plane 1`` (the most significant) and so on, for planes of bits too."""
+        if streams == 1:
+            return super().payload_names(streams)
+        planes = 1 if self.unit == "byte" else 8
+        return [f"byte plane {index // planes + 1}" for index in range(streams)]
+
     def layout(self, side: bytes, shape: Shape, dtype: np.dtype[Any]) -> list[Layout]:
         """Return shape and dtype of each plane; see `Transform.layout`."""
         if side:

@@ -19,6 +19,8 @@ Kind: TypeAlias = Literal["code", "ideal", "proxy"]
 Unit: TypeAlias = Literal["bits", "share", "norm", "ratio"]
 
 STRUCTURE = "structure"
+# What tables of tensors call the parts that belong to none of them.
+SHARED = "(shared by all)"
 
 
 @dataclass(frozen=True)
@@ -157,7 +159,7 @@ class Description:
                     "estimator": self.estimator,
                     "kind": self.kind,
                     "tensor": tensor.name,
-                    "shape": "x".join(map(str, tensor.shape)) or "scalar",
+                    "shape": shape_text(tensor.shape),
                     "dtype": tensor.dtype,
                     "weights": tensor.weights,
                     "raw_bits": tensor.raw_bits,
@@ -213,6 +215,11 @@ class Descriptions(tuple[Description, ...]):
     def to_json(self) -> str:
         """Return the headlines, parts, tensors and skipped tensors as JSON."""
         return json.dumps([_plain(item) for item in self], indent=2)
+
+
+def shape_text(shape: tuple[int, ...] | list[int]) -> str:
+    """Return a shape as tables show it: ``64x3x7x7``."""
+    return "x".join(map(str, shape)) or "scalar"
 
 
 def _plain(description: Description) -> dict[str, Any]:

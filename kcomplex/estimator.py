@@ -18,7 +18,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, NamedTuple, TypeAlias
+from typing import Any, ClassVar, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -43,6 +43,7 @@ Symbols: TypeAlias = NDArray[np.integer[Any]]
 Shape: TypeAlias = tuple[int, ...]
 Layout: TypeAlias = tuple[Shape, np.dtype[np.integer[Any]]]
 Progress: TypeAlias = Callable[[TensorHandle], None]
+Measured = TypeVar("Measured")
 
 # A lossless coder sees long tensors in pieces of this many words: memory is bounded by the pieces in flight.
 CHUNK_WORDS = 1 << 24
@@ -316,6 +317,10 @@ class Transform(ABC):
     def split(self, symbols: Symbols) -> tuple[bytes, list[Symbols]]:
         """Return side information and the streams that the next stage codes."""
 
+    def payload_names(self, streams: int) -> list[str]:
+        """Return the name that the payload of each of so many streams is counted under."""
+        return ["payload"] * streams
+
     @abstractmethod
     def layout(self, side: bytes, shape: Shape, dtype: np.dtype[Any]) -> list[Layout]:
         """Return shape and dtype of each stream that `split` gave for symbols of this shape and dtype.
@@ -408,15 +413,15 @@ class Quantiser(ABC):
 
 
 def for_each_tensor(
-    measure: Callable[[TensorHandle], TensorDescription], weights: Weights, jobs: int, progress: Progress | None
-) -> list[TensorDescription]:
+    measure: Callable[[TensorHandle], Measured], weights: Weights, jobs: int, progress: Progress | None
+) -> list[Measured]:
     """Return `measure` of every tensor, in order, in parallel threads where ``jobs`` isn't 1."""
     if jobs == 0:
         raise SpecError("jobs is a number of threads (or -1 for one a core), not 0")
     handles = list(weights.values())
     measured = []
     if jobs == 1 or len(handles) < 2:
-        results: Iterable[TensorDescription] = map(measure, handles)
+        results: Iterable[Measured] = map(measure, handles)
     else:
         from joblib import Parallel, delayed
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Any, ClassVar, Self, cast
 
 import numpy as np
@@ -155,15 +156,23 @@ class TransformedCoder(_TwoStages, Coder):
         return b"".join(part.data for part in self.encode_parts(symbols))
 
     def encode_parts(self, symbols: Symbols) -> list[Part]:
-        """Return side information (tables), lengths (structure) and the coder's parts of every stream."""
+        """Return side information (tables), lengths (structure) and the coder's parts of every stream.
+
+        What the coder calls payload has the name that the transform gives it.
+        """
         side, streams = self.transform.split(symbols)
         coded = [self.coder.encode_parts(stream) for stream in streams]
         lengths = [sum(len(part.data) for part in parts) for parts in coded]
+        names = self.transform.payload_names(len(streams))
         return [
             Part("structure", varint(len(side))),
             Part("tables", side),
             Part("structure", join_lengths(lengths[:-1])),
-            *(part for parts in coded for part in parts),
+            *(
+                part._replace(name=name) if part.name == "payload" else part
+                for name, parts in zip(names, coded, strict=True)
+                for part in parts
+            ),
         ]
 
     def decode(self, data: bytes, shape: Shape, dtype: np.dtype[Any]) -> Symbols:
@@ -281,6 +290,26 @@ class QuantisedLength(_TwoStages, CodeLength):
 def is_quantisable(dtype: torch.dtype) -> bool:
     """Return whether quantisers work on a dtype: every real float but float8_e8m0fnu, which has no zero."""
     return dtype.is_floating_point and dtype is not torch.float8_e8m0fnu
+
+
+def quantised_weights(estimator: QuantisedCode | QuantisedLength, weights: Weights) -> Weights:
+    """Return the weights that the quantiser's codes stand for, quantised anew at every read.
+
+    The files stay those of the weights that were given, which must stay open.
+    """
+    quantiser, shared = estimator.quantiser, estimator.prepare(weights)
+    handles = [
+        replace(handle, load=partial(_quantised_tensor, quantiser, handle, shared))
+        if is_quantisable(handle.dtype)
+        else handle
+        for handle in weights.values()
+    ]
+    return Weights(handles, weights.skipped, weights.source)
+
+
+def _quantised_tensor(quantiser: Quantiser, handle: TensorHandle, shared: bytes) -> torch.Tensor:
+    quantised = quantiser.quantise(handle.values(), shared)
+    return reconstruct(quantiser, quantised, handle.dtype, handle.shape, shared)
 
 
 class _QuantisedTensor:

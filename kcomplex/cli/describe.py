@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import sys
 from contextlib import ExitStack
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kcomplex.cli.output import GIVEN, OutputFormat, errors, output_format, printable, write_frame
+from kcomplex.cli.explain import draw_explanation, explain_weights, show_explanation
+from kcomplex.cli.output import GIVEN, OutputFormat, check_figure, errors, output_format, printable, write_frame
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -34,6 +36,15 @@ def describe(
     exclude: Annotated[list[str] | None, typer.Option(metavar="GLOB", help="no tensors that match; repeat it")] = None,
     given: Annotated[str | None, typer.Option(metavar="PATH|RECIPE", help=GIVEN)] = None,
     per_tensor: Annotated[bool, typer.Option("--per-tensor", help="one row an estimator and tensor")] = False,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="where the bits are: by part and tensor, beside what histograms leave")
+    ] = False,
+    shuffled: Annotated[
+        bool, typer.Option("--shuffled", help="--explain with the same weights shuffled, coded as a control")
+    ] = False,
+    figure: Annotated[
+        Path | None, typer.Option("--figure", metavar="FILE", help="--explain drawn: .png, .pdf or .svg")
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="list tensors and what would be skipped, reading headers only")
     ] = False,
@@ -45,12 +56,22 @@ def describe(
     as_csv: Annotated[bool, typer.Option("--csv", help="the table as CSV (the default when piped)")] = False,
 ) -> None:
     """Measure weights with one or more estimators: bits per weight, total bytes, ratio to raw, by kind."""
+    import pandas as pd
+
+    from kcomplex.errors import SpecError
     from kcomplex.measure import DEFAULT_ESTIMATORS
     from kcomplex.pipeline import build_estimator
     from kcomplex.weights import open_weights
 
     output = output_format(as_json, as_csv)
     wanted = [build_estimator(spec, given) for spec in estimator or DEFAULT_ESTIMATORS]
+    explain = explain or shuffled or figure is not None
+    if explain and dry_run:
+        raise SpecError("--dry-run measures nothing that could be explained: leave one of the two out")
+    if figure is not None:
+        check_figure(figure)
+        if len(paths) > 1 or len(wanted) > 1:
+            raise SpecError("--figure draws one checkpoint under one estimator: give one path and one -e")
     documents = []
     frames = []
     with ExitStack() as stack:
@@ -58,21 +79,27 @@ def describe(
         for path, weights in zip(paths, opened, strict=True):
             if dry_run:
                 frames.append(_listing(weights))
+            elif explain:
+                explanations = explain_weights(weights, wanted, jobs, shuffled, verify)
+                frames.append(pd.concat([item.to_frame() for item in explanations], ignore_index=True))
             else:
                 descriptions = _measure(weights, wanted, jobs, verify)
                 documents.append(_document(path, weights, descriptions))
                 frames.append(descriptions.to_frame(per_tensor=per_tensor))
             if len(paths) > 1:
                 frames[-1].insert(0, "path", path)
-            if output is OutputFormat.TABLE:
+            if output is OutputFormat.TABLE and explain:
+                for item in explanations:
+                    show_explanation(item, weights.source, per_tensor)
+            elif output is OutputFormat.TABLE:
                 write_frame(_shown(frames[-1], dry_run, per_tensor), output, title=_title(weights))
             if not dry_run:
                 _tell_skipped(weights)
-    if output is OutputFormat.JSON and not dry_run:
+    if figure is not None:
+        draw_explanation(explanations[0], figure)
+    if output is OutputFormat.JSON and not dry_run and not explain:
         sys.stdout.write(json.dumps(documents, indent=2) + "\n")
     elif output is not OutputFormat.TABLE:
-        import pandas as pd
-
         write_frame(pd.concat(frames, ignore_index=True), output)
 
 
@@ -129,9 +156,9 @@ def _listing(weights: Weights) -> pd.DataFrame:
 
 
 def _shape(shape: tuple[int, ...] | None) -> str:
-    if shape is None:
-        return ""
-    return "x".join(map(str, shape)) or "scalar"
+    from kcomplex.description import shape_text
+
+    return "" if shape is None else shape_text(shape)
 
 
 def _shown(frame: pd.DataFrame, dry_run: bool, per_tensor: bool) -> pd.DataFrame:

@@ -6,16 +6,19 @@ import json
 import math
 import sys
 from enum import Enum
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from kcomplex.errors import SpecError
+from kcomplex.errors import KComplexError, SpecError
+from kcomplex.files import replacing
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.axes import Axes
 
 GIVEN = "weights that the code may use: a checkpoint, or 'seed:factory=package.module:function,seed=0'"
 
@@ -61,6 +64,38 @@ def write_frame(frame: pd.DataFrame, output: OutputFormat, title: str = "") -> N
     for row in frame.itertuples(index=False):
         table.add_row(*(Text(printable(cell(value))) for value in row))
     Console().print(table)
+
+
+def check_figure(path: Path) -> None:
+    """Refuse a figure's path before anything is measured for it.
+
+    Raises
+    ------
+    SpecError
+        The suffix isn't .png, .pdf or .svg.
+    """
+    if path.suffix not in (".png", ".pdf", ".svg"):
+        raise SpecError(f"{path}: a figure's name ends in .png, .pdf or .svg")
+
+
+def write_figure(axes: Axes, frame: pd.DataFrame, path: Path) -> None:
+    """Write the figure that axes stand in, and its table beside it as CSV; say so on the standard error.
+
+    Raises
+    ------
+    KComplexError
+        One of them can't be written.
+    """
+    table, figure = path.with_suffix(".csv"), axes.get_figure(root=True)
+    assert figure is not None
+    try:
+        with replacing(path) as temporary:
+            figure.savefig(temporary, dpi=150)
+        with replacing(table) as temporary:
+            frame.to_csv(temporary, index=False)
+    except OSError as error:
+        raise KComplexError(f"{path}: can't be written: {error.strerror or error}") from error
+    errors.print(f"wrote {path} and {table}", markup=False)
 
 
 def printable(text: str) -> str:

@@ -9,6 +9,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kcomplex.description import shape_text
 from kcomplex.errors import RunError
 from kcomplex.tracking.columns import DESCRIPTION_COLUMNS, SNAPSHOT_COLUMNS, STATE_COLUMNS
 from kcomplex.tracking.database import DATABASE
@@ -185,9 +186,7 @@ def _tensor_frame(store: RunStore) -> pd.DataFrame:
 
 
 def _shape(sides: list[int] | None) -> str:
-    if sides is None:
-        return ""
-    return "x".join(map(str, sides)) or "scalar"
+    return "" if sides is None else shape_text(sides)
 
 
 def _configuration_frame(store: RunStore) -> pd.DataFrame:
