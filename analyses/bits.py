@@ -15,8 +15,10 @@ from kcomplex.errors import RunError
 from kcomplex.explanation import MEASURED, TOTAL, by_tensor, fold_short_tensors
 from kcomplex.tracking.frames import load_runs, load_tensors
 
-# The longest tensors that have bars of their own; the others are summed in one more.
+# The longest tensors have bars of their own; the others are summed in one more, so that single weights, of which some
+# take a hundred bits, don't set the scale.
 _MOST_TENSORS = 30
+_LEAST_SHARE = 1e-3
 # Letters of a tensor's name; its middle is left out beyond.
 _LONGEST_NAME = 46
 # Parts that are nowhere wider than this share of the longest bar aren't in the legend.
@@ -27,7 +29,7 @@ _UNTOLD = "structure and shared tables"
 # of the stack: what says which values there are, then the fields of a number from the highest to the lowest.
 _COLOURS = {
     "structure": "black",
-    _UNTOLD: "black",
+    _UNTOLD: "0.35",
     "tables": "#CC79A7",
     "zero flags": "#56B4E9",
     "signs": "#0072B2",
@@ -101,7 +103,7 @@ def plot(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
     ax
         Axes to draw on; new ones, as high as the bars need, by default.
     """
-    frame = fold_short_tensors(frame, _MOST_TENSORS)
+    frame = fold_short_tensors(frame, _MOST_TENSORS, _LEAST_SHARE)
     measured = frame[frame["measured"] == MEASURED]
     table = by_tensor(frame).set_index("tensor")
     table = table.loc[[TOTAL, *table.index.drop(TOTAL)]]

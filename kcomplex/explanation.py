@@ -133,7 +133,7 @@ def explain(
             weights.close()
 
 
-def fold_short_tensors(frame: pd.DataFrame, most: int) -> pd.DataFrame:
+def fold_short_tensors(frame: pd.DataFrame, most: int, least: float = 0.0) -> pd.DataFrame:
     """Return the frame with all but the longest tensors summed in one, called ``(12 other tensors)``.
 
     Parameters
@@ -141,7 +141,9 @@ def fold_short_tensors(frame: pd.DataFrame, most: int) -> pd.DataFrame:
     frame
         What `Explanation.to_frame` returned.
     most
-        Tensors that stay as they are.
+        Tensors that stay as they are, at most.
+    least
+        Share of the tensors' bits that each of them has, at least.
     """
     import pandas as pd
 
@@ -149,9 +151,10 @@ def fold_short_tensors(frame: pd.DataFrame, most: int) -> pd.DataFrame:
     own: pd.DataFrame = frame.loc[belongs]
     measured = own[own["measured"] == MEASURED]
     lengths = measured.groupby("tensor", sort=False)["bits"].sum()
-    if len(lengths) <= most + 1:
+    longest = lengths.nlargest(most)
+    others = lengths.index.difference(longest[longest >= least * lengths.sum()].index)
+    if len(others) < 2:
         return frame
-    others = lengths.index.difference(lengths.nlargest(most).index)
     short = own["tensor"].isin(others)
     weights = measured[measured["tensor"].isin(others)].drop_duplicates("tensor")["weights"].sum()
     folded = own[short].assign(tensor=f"({len(others)} other tensors)", shape="", dtype="", weights=weights)
@@ -221,7 +224,7 @@ def _description_rows(description: Description, measured: str) -> list[tuple[obj
     for tensor in description.tensors:
         shape = shape_text(tensor.shape)
         row = (description.estimator, description.kind, measured, tensor.name, shape, tensor.dtype, tensor.weights)
-        # An estimator that doesn't itemise has one part.
+        # An estimator that doesn't itemise has one part; so has a tensor that takes no bits, to be counted.
         for part, bits in (tensor.parts or {"payload": tensor.value}).items():
             rows.append((*row, part, bits))
             if part in shared:

@@ -50,7 +50,9 @@ def show_explanation(explanation: Explanation, source: str, every_tensor: bool) 
 
     description, frame = explanation.description, explanation.to_frame()
     title = f"{source}: {description.estimator} ({description.kind})"
-    _show(by_part(frame), f"{title}, by part")
+    parts = by_part(frame)
+    lengths = parts.filter(like="bits").fillna(0.0)
+    _show(parts[(lengths > 0).any(axis=1)], f"{title}, by part")
     _show(by_tensor(frame if every_tensor else fold_short_tensors(frame, _MOST_TENSORS)), f"{title}, by tensor")
 
 

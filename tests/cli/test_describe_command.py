@@ -17,6 +17,9 @@ import pytest
 import safetensors.torch
 import torch
 
+import kcomplex
+from kcomplex.cli.main import main
+
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 TESTS = Path(__file__).parent.parent
 
@@ -182,3 +185,57 @@ json.dump(answers, sys.stdout)
         assert Path(path).name in err, (path, err)
         assert "Traceback" not in err
         assert len(err.strip().splitlines()) == 1, (path, err)
+
+
+def test_explain_tells_where_the_bits_are(tmp_path: Path, run: Run) -> None:
+    torch.save(tensors(), tmp_path / "model.pt")
+    answer = run("describe", str(tmp_path / "model.pt"), "-e", "palette|entropy", "-e", "zstd", "--shuffled")
+    assert answer.returncode == 0, answer.stderr
+    rows = list(csv.DictReader(io.StringIO(answer.stdout)))
+    for described in kcomplex.describe(tmp_path / "model.pt", ["palette|entropy", "zstd"]):
+        own = [row for row in rows if row["estimator"] == described.estimator]
+        assert {row["measured"] for row in own} == {"weights", "floor", "shuffled weights"}
+        measured = [row for row in own if row["measured"] == "weights"]
+        assert sum(float(row["bits"]) for row in measured) == described.bits
+        assert {row["tensor"] for row in measured} == {*tensors(), "(shared by all)"}
+        assert {row["kind"] for row in own if row["measured"] == "floor"} == {"proxy"}
+
+
+def test_explain_as_json_and_as_a_figure(tmp_path: Path, run: Run) -> None:
+    torch.save(tensors(), tmp_path / "model.pt")
+    arguments = ["-e", "zstd", "--verify", "--json", "--figure", str(tmp_path / "bits.svg")]
+    answer = run("describe", str(tmp_path / "model.pt"), *arguments)
+    assert answer.returncode == 0, answer.stderr
+    rows = json.loads(answer.stdout)
+    assert {row["measured"] for row in rows} == {"weights", "floor"}
+    assert "zstd (code)" in (tmp_path / "bits.svg").read_text()
+    with (tmp_path / "bits.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == len(rows)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--explain", "--dry-run"], "--dry-run measures nothing"),
+        (["--figure", "bits.png"], "one path and one -e"),
+        (["--figure", "bits.gif", "-e", "zstd"], "ends in .png, .pdf or .svg"),
+        (["--explain", "-e", "l2"], "not bits"),
+    ],
+)
+def test_what_can_not_be_explained_is_one_clear_error(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
+) -> None:
+    torch.save(tensors(), tmp_path / "model.pt")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["kcomplex", "describe", "model.pt", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2
+    printed = capsys.readouterr()
+    assert message in " ".join(printed.err.split())
+    assert printed.out == ""
+    assert [path.name for path in tmp_path.iterdir()] == ["model.pt"]

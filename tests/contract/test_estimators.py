@@ -16,11 +16,13 @@ from kcomplex import pipeline
 from kcomplex.description import Descriptions
 from kcomplex.errors import KComplexError, PluginError
 from kcomplex.estimator import Code, Estimator, Quantiser, Transform
+from kcomplex.floor import tensor_floor
 from kcomplex.pipeline import build_estimator
 from kcomplex.registry import registry
+from kcomplex.shuffling import shuffled_weights
 from kcomplex.spec import build, spec_of, split_stages
 from kcomplex.stream import decode_checkpoint, encode_checkpoint, verify
-from kcomplex.weights import DTYPES, open_weights, words_of
+from kcomplex.weights import DTYPES, Weights, open_weights, words_of
 
 GROUP = "kcomplex.estimators"
 
@@ -124,6 +126,15 @@ def codes(*, quantised: bool | None = None) -> list[str]:
         except PluginError:
             continue
     return chosen
+
+
+def is_lossless_length(spec: str) -> bool:
+    """Whether a specification is a code or an ideal length that loses nothing."""
+    try:
+        description = build_estimator(spec).describe(open_weights({"w": torch.randn(9, 9)}))
+    except PluginError:
+        return False
+    return description.kind != "proxy" and description.lossless is True
 
 
 def network() -> dict[str, torch.Tensor]:
@@ -348,6 +359,56 @@ def test_a_stream_that_is_cut_is_refused(spec):
     for length in np.linspace(0, len(stream) - 1, 40).astype(int):
         with pytest.raises(KComplexError):
             decode_checkpoint(stream[:length])
+
+
+# Bits by which a code may be below the order-0 bound of shuffled weights: by chance it happens once in 2**39 times.
+SLACK = 40
+
+
+def quantised_network() -> dict[str, torch.Tensor]:
+    """Tensors as quantised networks have them: heavy tails, scales that differ by row."""
+    random = torch.Generator().manual_seed(11)
+
+    def matrix() -> torch.Tensor:
+        tails = torch.rand(48, 64, generator=random).pow(-0.3)
+        return torch.randn(48, 64, generator=random) * tails * (torch.rand(48, 1, generator=random) + 0.2)
+
+    eight, four, dead, few = matrix(), matrix(), matrix(), matrix()
+    return {
+        "8 bits": (40 * eight).round().clamp(-127, 127).to(torch.int8),
+        "4 bits": (3 * four).round().clamp(-7, 7) * 0.037,
+        "90 % zeros": (5 * torch.where(dead.abs() > dead.abs().quantile(0.9), dead, 0)).round() / 5,
+        "few values": torch.randn(40, generator=random)[(13 * few).long().abs() % 40],
+    }
+
+
+def below_order_0(weights: Weights, spec: str) -> float:
+    """By how many bits an estimator is below the order-0 bound at most: that of a tensor, or of all together.
+
+    The bound is the logarithm of the number of orders that a tensor's words can stand in, not their number times their
+    empirical entropy: that is a few bits more than what a code of the same counts needs for one given tensor. Among
+    shuffled tensors each order is as likely, and a code has too few short streams for all of them; see
+    `kcomplex.floor.arrangement_bits`. A tensor's own bits are all of its stream, since any byte of it may tell
+    something; all together are payload and tables, and the structure without names, shapes and dtypes.
+    """
+    description = build_estimator(spec).describe(weights)
+    bounds = [tensor_floor(handle).arrangement_bits for handle in weights.values()]
+    own = [tensor.value for tensor in description.tensors]
+    shared = description.parts.get("tables", 0.0) - sum(item.parts.get("tables", 0.0) for item in description.tensors)
+    missing = [bound - bits - shared for bound, bits in zip(bounds, own, strict=True)]
+    return max(*missing, sum(bounds) - sum(own) - shared)
+
+
+@pytest.mark.parametrize("spec", [spec for spec in SPECS if is_lossless_length(spec)])
+def test_shuffled_weights_are_never_below_order_0(spec):
+    shuffled = shuffled_weights(open_weights(quantised_network()))
+    assert below_order_0(shuffled, spec) <= SLACK
+
+
+def test_weights_in_order_are_below_order_0():
+    """The control of the control: codes do go below the bound where there is an order."""
+    tensors = {name: tensor.reshape(-1).sort().values for name, tensor in quantised_network().items()}
+    assert below_order_0(open_weights(tensors), "palette|zstd") > 1000
 
 
 def test_every_registered_estimator_is_covered():
