@@ -108,10 +108,12 @@ class Mosaic(Quantiser):
             books: list[NDArray[np.floating[Any]]] = [self._fitted(handles, size), np.zeros((0, size))]
         else:
             groups = [[handle for handle in handles if _values_dtype(handle) == dtype] for dtype in (_SINGLE, _DOUBLE)]
-            size = self.s or best_block_size(groups)
+            found = self.s or best_block_size(groups)
+            size = found or 1
             told = b"" if self.s else varint(size)
             books = [
-                repeated_blocks(group, size, dtype) for group, dtype in zip(groups, (_SINGLE, _DOUBLE), strict=True)
+                repeated_blocks(group if found else [], size, dtype)
+                for group, dtype in zip(groups, (_SINGLE, _DOUBLE), strict=True)
             ]
         return told + b"".join(pack_codebook(sorted_rows(book)) for book in books)
 

@@ -3,29 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import compress
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from kcomplex.compressors.block_labels import block_keys, label_keys
 from kcomplex.compressors.codebook import bits_of
-from kcomplex.weights import TensorHandle, Words
-
-# Any odd number with well-mixed bits (from splitmix64).
-_MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
-
+from kcomplex.weights import TensorHandle, Words, values_of, words_of
 
 # Block sizes that are tried where none is given, and how many words of all tensors they are tried on.
 LARGEST_FOUND = 64
 _SAMPLED_WORDS = 1 << 22
-_USUAL_SIZE = 4
+# A tensor is tried whole at a size if, of so many blocks of all tensors, this share of its own repeats one.
+_SAMPLED_BLOCKS, _FEWEST_BLOCKS = 1 << 16, 64
+_REPEATING = 1 / 32
 
 
-def best_block_size(groups: Sequence[Sequence[TensorHandle]]) -> int:
-    """Return the weights a block at which repeated blocks make tensors shortest; 4 where they do at no size.
+@dataclass(frozen=True)
+class _Sample:
+    """The beginning of a tensor: the bit patterns of its values, and what they cost word by word."""
 
-    Lengths are those of `repeated_blocks`, on the beginning of each tensor where there are more than 4 million weights:
-    linear in the weights, with a sort of a 64-bit key for each block of each size.
+    patterns: Words
+    length: float
+    word_bits: int
+
+
+def best_block_size(groups: Sequence[Sequence[TensorHandle]]) -> int | None:
+    """Return the weights a block at which repeated blocks make tensors shortest; None where they do at no size.
+
+    Lengths are those of `repeated_blocks`, on the beginning of each tensor where there are more than 4 million weights.
+    Linear in the weights: blocks are hashed, and a size is tried on those tensors alone in which some blocks of it
+    repeat.
 
     Parameters
     ----------
@@ -34,32 +45,61 @@ def best_block_size(groups: Sequence[Sequence[TensorHandle]]) -> int:
     """
     total = sum(handle.elements for group in groups for handle in group)
     share = min(1.0, _SAMPLED_WORDS / max(total, 1))
-    samples = []
-    for group in groups:
-        patterns = [bits_of(handle.values()).reshape(-1) for handle in group]
-        patterns = [words[: int(words.size * share)] for words in patterns]
-        lengths = [_word_length(handle.words()[: words.size]) for handle, words in zip(group, patterns, strict=True)]
-        samples.append((patterns, lengths, [8 * handle.dtype.itemsize for handle in group]))
-    plain = sum(sum(lengths) for _, lengths, _ in samples)
-    found = {size: sum(_mosaic_length(*sample, size) for sample in samples) for size in range(2, LARGEST_FOUND + 1)}
-    best = min(found, key=lambda size: found[size])
-    return best if found[best] < plain else _USUAL_SIZE
+    samples = [_samples(group, share) for group in groups]
+    best, saved = None, 0.0
+    for size in range(2, LARGEST_FOUND + 1):
+        repeating = [_with_repeats([sample.patterns for sample in group], size) for group in samples]
+        found = sum(_saved(list(compress(*pair)), size) for pair in zip(samples, repeating, strict=True))
+        if found > saved:
+            best, saved = size, found
+    return best
 
 
-def _mosaic_length(patterns: list[Words], word_lengths: list[float], word_bits: list[int], size: int) -> float:
-    """Return the bits of tensors as blocks of a size, each tensor's at most those of its words."""
-    keys = [_keys(_blocks(words, size)[0]) for words in patterns]
-    if not any(key.size for key in keys):
-        return sum(word_lengths)
-    _, labels, counts = np.unique(np.concatenate(keys), return_inverse=True, return_counts=True)
+def _samples(group: Sequence[TensorHandle], share: float) -> list[_Sample]:
+    """Return the beginnings of tensors, without those in which hardly a word, and so no block, occurs twice."""
+    heads = [handle.read().reshape(-1)[: int(handle.elements * share)] for handle in group]
+    patterns = [bits_of(values_of(head)) for head in heads]
+    return [
+        _Sample(pattern, _word_length(words_of(head)), 8 * head.dtype.itemsize)
+        for head, pattern, repeating in zip(heads, patterns, _with_repeats(patterns, 1), strict=True)
+        if repeating
+    ]
+
+
+def _with_repeats(patterns: Sequence[Words], size: int) -> list[bool]:
+    """Return of each tensor whether many of its blocks occur twice, in itself or in others, zero left aside."""
+    blocks = [_blocks(words, size)[0] for words in patterns]
+    share = min(1.0, _SAMPLED_BLOCKS / max(sum(map(len, blocks)), 1)) if size > 1 else 1.0
+    heads = [rows[: max(int(share * len(rows)), _FEWEST_BLOCKS)] for rows in blocks]
+    if not heads:
+        return []
+    _, labels, counts = _labelled([block_keys(rows) for rows in heads])
+    return [
+        bool((rows.any(axis=1) & (counts[own] > 1)).sum() > _REPEATING * len(rows))
+        for rows, own in zip(heads, labels, strict=True)
+    ]
+
+
+def _saved(group: Sequence[_Sample], size: int) -> float:
+    """Return the bits that tensors save as blocks of a size; none where that is longer than their words."""
+    if not group:
+        return 0.0
+    _, labels, counts = _labelled([block_keys(_blocks(sample.patterns, size)[0]) for sample in group])
     costs = np.log2(counts.sum() / counts)
-    total, position = 0.0, 0
-    for words, key, length, bits in zip(patterns, keys, word_lengths, word_bits, strict=True):
-        own = labels.reshape(-1)[position : position + key.size]
-        position += key.size
-        blocks = float((1.0 / counts[own]).sum()) + (words.size % size > 0)
-        total += min(length, float(costs[own].sum()) + bits * size * blocks)
-    return total
+    saved = 0.0
+    for sample, own in zip(group, labels, strict=True):
+        blocks = float((1.0 / counts[own]).sum()) + (sample.patterns.size % size > 0)
+        saved += max(0.0, sample.length - float(costs[own].sum()) - sample.word_bits * size * blocks)
+    return saved
+
+
+def _labelled(
+    keys: Sequence[NDArray[np.uint64]],
+) -> tuple[NDArray[np.uint64], list[NDArray[np.int32]], NDArray[np.int64]]:
+    """Return all keys, the labels of each tensor's, and how often every label occurs."""
+    together = np.concatenate(keys)
+    labels, counts = label_keys(together)
+    return together, np.split(labels, np.cumsum([part.size for part in keys])[:-1]), counts
 
 
 def find_blocks(words: Words, table: Words) -> NDArray[np.intp] | None:
@@ -73,12 +113,16 @@ def find_blocks(words: Words, table: Words) -> NDArray[np.intp] | None:
         Of shape (k, s).
     """
     full, tail = _blocks(words, table.shape[1])
-    keys = _keys(table)
+    keys = block_keys(table)
     order = np.argsort(keys, kind="stable")
-    position = np.minimum(np.searchsorted(keys[order], _keys(full)), len(table) - 1)
-    rows = order[position]
-    if not np.array_equal(table[rows], full):
-        return None
+    rows = np.empty(len(full), np.intp)
+    # Most tensors that aren't a mosaic show it at once.
+    for start, stop in ((0, _FEWEST_BLOCKS), (_FEWEST_BLOCKS, len(full))):
+        part = full[start:stop]
+        position = np.minimum(np.searchsorted(keys[order], block_keys(part)), len(table) - 1)
+        rows[start:stop] = order[position]
+        if not np.array_equal(table[rows[start:stop]], part):
+            return None
     if tail.size:
         fits = _beginning(table, tail)
         if not fits.any():
@@ -105,21 +149,20 @@ def repeated_blocks(
     dtype
         float32 or float64.
     """
-    found = [(handle, _keys(_blocks(bits_of(handle.values()).reshape(-1), block_size)[0])) for handle in tensors]
-    found = [(handle, keys) for handle, keys in found if keys.size]
-    if not found:
+    handles = [handle for handle in tensors if handle.elements >= block_size]
+    if not handles:
         return np.zeros((0, block_size), dtype)
-    unique, flat = np.unique(np.concatenate([keys for _, keys in found]), return_inverse=True)
-    sizes = [keys.size for _, keys in found]
-    labels = dict(enumerate(np.split(flat.reshape(-1), np.cumsum(sizes)[:-1])))
-    handles = [handle for handle, _ in found]
-    zero = unique == _keys(np.zeros((1, block_size), f"u{dtype.itemsize}"))
-    kept = _worthwhile(handles, labels, zero, block_size)
+    keys, labels, counts = _labelled(
+        [block_keys(_blocks(bits_of(handle.values()).reshape(-1), block_size)[0]) for handle in handles]
+    )
+    zero = np.zeros(counts.size, np.bool_)
+    zero[np.concatenate(labels)[keys == block_keys(np.zeros((1, block_size), f"u{dtype.itemsize}"))[0]]] = True
+    kept = _worthwhile(handles, dict(enumerate(labels)), zero, block_size)
     return _collect([(handles[index], labels[index]) for index in kept], zero, block_size, dtype)
 
 
 def _worthwhile(
-    handles: Sequence[TensorHandle], labels: dict[int, NDArray[np.intp]], zero: NDArray[np.bool_], block_size: int
+    handles: Sequence[TensorHandle], labels: dict[int, NDArray[np.int32]], zero: NDArray[np.bool_], block_size: int
 ) -> list[int]:
     kept, word_lengths = list(labels), dict[int, float]()
     while kept:
@@ -147,13 +190,13 @@ def _worthwhile(
 
 def _word_length(words: Words) -> float:
     """Return the bits of words at their empirical entropy with a table of the distinct ones, or plain if shorter."""
-    _, counts = np.unique(words, return_counts=True)
+    _, counts = label_keys(block_keys(words[:, None]))
     entropy = float((counts * np.log2(words.size / counts)).sum())
     return min(8.0 * words.nbytes, entropy + 8.0 * words.itemsize * len(counts))
 
 
 def _collect(
-    kept: Sequence[tuple[TensorHandle, NDArray[np.intp]]],
+    kept: Sequence[tuple[TensorHandle, NDArray[np.int32]]],
     zero: NDArray[np.bool_],
     block_size: int,
     dtype: np.dtype[Any],
@@ -163,9 +206,11 @@ def _collect(
     tails = []
     for handle, labels in kept:
         full, tail = _blocks(bits_of(handle.values()).reshape(-1), block_size)
-        ids, first = np.unique(labels, return_index=True)
-        pieces.append(full[first[~seen[ids]]])
-        seen[ids] = True
+        first = np.full(zero.size, -1)
+        # The last that is written is the block that comes first.
+        first[labels[::-1]] = np.arange(labels.size)[::-1]
+        pieces.append(full[first[(first >= 0) & ~seen]])
+        seen |= first >= 0
         if tail.size:
             tails.append(tail)
     table = np.concatenate(pieces)
@@ -187,12 +232,3 @@ def _blocks(words: Words, size: int) -> tuple[Words, Words]:
 def _beginning(table: Words, tail: Words) -> NDArray[np.bool_]:
     fits: NDArray[np.bool_] = (table[:, : tail.size] == tail).all(axis=1)
     return fits
-
-
-def _keys(rows: Words) -> NDArray[np.uint64]:
-    """Return a 64-bit mix of each row. Should two different rows share one, a tensor is coded word by word."""
-    keys = np.zeros(len(rows), np.uint64)
-    for column in range(rows.shape[1]):
-        keys = (keys ^ rows[:, column]) * _MULTIPLIER
-        keys ^= keys >> np.uint64(32)
-    return keys

@@ -1,6 +1,7 @@
 """Mosaic: nothing is lost without a number of motifs, and a mosaic costs what it is worth."""
 
 import math
+import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 
@@ -14,6 +15,7 @@ from threadpoolctl import threadpool_info, threadpool_limits
 
 from kcomplex import nearest
 from kcomplex.compressors import repeated_blocks
+from kcomplex.compressors.block_labels import block_keys, label_keys
 from kcomplex.compressors.codebook import narrow, pack_codebook, sorted_rows, unpack_codebook, widen
 from kcomplex.compressors.mosaic import Mosaic
 from kcomplex.errors import SpecError, StreamError, WeightsError
@@ -107,11 +109,42 @@ def test_the_size_of_blocks_is_found(size, motifs):
     assert describe(tensors, "mosaic|entropy")[0].bits <= told + 8 * 6
 
 
-@pytest.mark.slow
-def test_the_size_of_blocks_of_a_million_weights_is_found():
-    tensors, bits = network_of_motifs(4, 256, 16)
+@pytest.mark.parametrize(("size", "motifs"), [(4, 256), (8, 64), (2, 1024)])
+@pytest.mark.parametrize("spec", ["mosaic|entropy", "best"])
+def test_a_mosaic_of_a_million_weights_is_found_and_costs_what_it_is_worth(size, motifs, spec):
+    tensors, bits = network_of_motifs(size, motifs, 16)
     assert sum(tensor.numel() for tensor in tensors.values()) > 950_000
-    assert check_lossless(tensors, "mosaic|entropy").bits < 1.02 * bits
+    for name in list(tensors):
+        tensors[f"{name}.bias"] = 0.01 * torch.randn(100, generator=torch.Generator().manual_seed(1))
+    start = time.process_time()
+    description = describe(tensors, spec)[0]
+    assert time.process_time() - start < 5
+    assert description.bits < 1.02 * (bits + 32 * 100 * 3)
+    assert description.lossless
+
+
+def test_a_mosaic_is_found_among_tensors_that_are_none():
+    tensors, bits = network_of_motifs(4, 256, 1)
+    generator = torch.Generator().manual_seed(0)
+    tensors["noise"] = torch.randn(500, 500, generator=generator)
+    tensors["levels"] = torch.randint(-7, 8, (300, 300), generator=generator) * 0.125
+    rest = sum(describe({name: tensors[name]}, "entropy")[0].bits for name in ("noise", "levels"))
+    assert describe(tensors, "mosaic|entropy")[0].bits < 1.02 * (bits + rest)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    hnp.arrays(
+        st.sampled_from([np.uint32, np.uint64]),
+        st.tuples(st.integers(0, 60), st.integers(1, 4)),
+        elements=st.sampled_from([0, 1, 2, 0x80000000]),
+    )
+)
+def test_labels_are_those_of_distinct_blocks_in_order(rows):
+    labels, counts = label_keys(block_keys(rows))
+    order = list(dict.fromkeys(map(bytes, rows)))
+    assert labels.tolist() == [order.index(bytes(row)) for row in rows]
+    assert counts.tolist() == [sum(bytes(row) == known for row in rows) for known in order]
 
 
 def test_the_size_of_blocks_is_found_for_each_dtype_together():
@@ -189,7 +222,7 @@ def test_tensors_in_single_and_double_precision_have_their_own_motifs():
 
 
 def test_blocks_that_share_a_key_are_coded_word_by_word(monkeypatch):
-    monkeypatch.setattr(repeated_blocks, "_keys", lambda rows: rows[:, 0].astype(np.uint64))
+    monkeypatch.setattr(repeated_blocks, "block_keys", lambda rows: rows[:, 0].astype(np.uint64))
     tensors = {"w": torch.tensor([[1.0, 2.0], [1.0, 3.0]] * 100), "v": torch.tensor([[4.0, 5.0]] * 100)}
     description = check_lossless(tensors, "mosaic:s=2|raw")
     payload = {tensor.name: tensor.parts["payload"] for tensor in description.tensors}
