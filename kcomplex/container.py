@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from threading import Lock
@@ -75,7 +76,9 @@ def encode_file(
         raise WeightsError(f"{code.spec!r} is of kind {code.kind}: it has no stream that could be decoded")
     target = Path(path)
     try:
-        with open_weights(source) as weights, replacing(target) as temporary, temporary.open("wb") as file:
+        # A caller's weights stay open.
+        opened = nullcontext(source) if isinstance(source, Weights) else open_weights(source)
+        with opened as weights, replacing(target) as temporary, temporary.open("wb") as file:
             _write(file, weights, code, _layout_of(source, weights), jobs, progress)
             return file.tell()
     except OSError as error:

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Self, cast
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from kcomplex.description import Kind
 from kcomplex.errors import SpecError, StreamError, WeightsError
@@ -229,7 +230,7 @@ class QuantisedCode(_TwoStages, Code):
         """
         if not is_quantisable(handle.dtype):
             return self.coder.encode_tensor(handle, b"")
-        tensor = _QuantisedTensor(self.quantiser, handle, shared)
+        tensor = QuantisedTensor(self.quantiser, handle, shared)
         if tensor.escapes:
             return EncodedTensor([Part("structure", varint(0)), *self.coder.encode_tensor(handle, b"").parts])
         codes, side = tensor.quantised.codes, tensor.quantised.side
@@ -279,7 +280,7 @@ class QuantisedLength(_TwoStages, CodeLength):
         """Return the length of codes and side information, with the distortion."""
         if not is_quantisable(handle.dtype):
             return self.measure.tensor_length(handle, b"")
-        codes = _QuantisedTensor(self.quantiser, handle, shared)
+        codes = QuantisedTensor(self.quantiser, handle, shared)
         if codes.escapes:
             return self.measure.tensor_length(handle, b"")
         side = 8.0 * len(varint(len(codes.quantised.side)) + codes.quantised.side)
@@ -312,27 +313,58 @@ def _quantised_tensor(quantiser: Quantiser, handle: TensorHandle, shared: bytes)
     return reconstruct(quantiser, quantised, handle.dtype, handle.shape, shared)
 
 
-class _QuantisedTensor:
-    """A tensor's codes, how far what they stand for is from the tensor, and whether the coder alone must code it."""
+class QuantisedTensor:
+    """A tensor's codes, and how far what they stand for is from the tensor.
+
+    Attributes
+    ----------
+    quantised
+        Codes and side information.
+    decoded
+        The tensor that a decoder gives back.
+    squared_error
+        Sum of squared differences between the two.
+    exact
+        Whether every bit comes back.
+    escapes
+        Whether the coder alone must code the tensor.
+
+    Raises
+    ------
+    WeightsError
+        The tensor holds NaN or infinity, and the quantiser isn't lossless.
+    """
 
     def __init__(self, quantiser: Quantiser, handle: TensorHandle, shared: bytes) -> None:
         tensor = handle.read()
-        values = values_of(tensor)
-        if not quantiser.lossless and not np.isfinite(values).all():
-            raise WeightsError(
-                f"the tensor {handle.name!r} ({dtype_name(handle.dtype)}, {handle.shape}) holds NaN or infinity and "
-                f"can't be quantised by {quantiser.name!r}: exclude it, or use a lossless estimator"
-            )
+        values = values_of(tensor) if quantiser.lossless else finite_values(tensor, quantiser, handle)
         self.quantised = quantiser.quantise(values, shared)
-        decoded = reconstruct(quantiser, self.quantised, handle.dtype, handle.shape, shared)
-        self.exact = bool(np.array_equal(words_of(tensor), words_of(decoded)))
+        self.decoded = reconstruct(quantiser, self.quantised, handle.dtype, handle.shape, shared)
+        self.exact = bool(np.array_equal(words_of(tensor), words_of(self.decoded)))
         # Machines differ in what they make of a short NaN.
         short = handle.dtype.itemsize < values.dtype.itemsize
         self.escapes = quantiser.lossless and (not self.exact or (short and bool(np.isnan(values).any())))
         self.squared_error = 0.0
         if not self.exact and not self.escapes:
-            difference = values.astype(np.float64) - values_of(decoded).astype(np.float64)
+            difference = values.astype(np.float64) - values_of(self.decoded).astype(np.float64)
             self.squared_error = float(np.square(difference).sum())
+
+
+def finite_values(tensor: torch.Tensor, quantiser: Quantiser, handle: TensorHandle) -> NDArray[np.floating[Any]]:
+    """Return the values of a tensor that is to be quantised; see `values_of`.
+
+    Raises
+    ------
+    WeightsError
+        There is NaN or infinity among them.
+    """
+    values = values_of(tensor)
+    if not np.isfinite(values).all():
+        raise WeightsError(
+            f"the tensor {handle.name!r} ({dtype_name(handle.dtype)}, {handle.shape}) holds NaN or infinity and "
+            f"can't be quantised by {quantiser.name!r}: exclude it, or use a lossless estimator"
+        )
+    return values
 
 
 def reconstruct(

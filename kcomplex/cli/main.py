@@ -13,6 +13,7 @@ from kcomplex.cli.describe import describe
 from kcomplex.cli.estimators import estimators
 from kcomplex.cli.output import errors, printable
 from kcomplex.cli.plot import plot
+from kcomplex.cli.quantise import quantise
 from kcomplex.cli.runs import runs
 from kcomplex.errors import KComplexError, PluginError, VerificationError
 from kcomplex.registry import registry
@@ -32,7 +33,7 @@ def build_app() -> typer.Typer:
         rich_markup_mode=None,
     )
     app.callback()(_options)
-    for command in (describe, encode, decode, verify, estimators, runs, plot):
+    for command in (describe, encode, decode, verify, quantise, estimators, runs, plot):
         app.command(command.__name__)(command)
     commands = registry("kcomplex.commands")
     for name in commands.names():

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from kcomplex.compressors.deadzone import DeadZone
+from kcomplex.compressors.grid import Grid
 from kcomplex.compressors.sign import Sign
 from kcomplex.compressors.uniform import Uniform
 from kcomplex.errors import SpecError, StreamError, WeightsError
@@ -36,6 +37,10 @@ SPECS = [
     "deadzone:zeros=0.0",
     "sign",
     "sign:per_row=True",
+    "grid:step=0.25",
+    "grid:step=0.25,trellis=False",
+    "grid:step=0.25,trellis=False,price=0",
+    "grid:step=0.25,trellis=False,price=0,rounding=0.2",
 ]
 QUANTISERS = [
     Uniform(),
@@ -48,6 +53,11 @@ QUANTISERS = [
     DeadZone(zeros=0.0),
     Sign(),
     Sign(per_row=True),
+    Grid(step=0.5),
+    Grid(step=1e-60),
+    Grid(step=0.5, trellis=False),
+    Grid(step=1e30, trellis=False, price=0),
+    Grid(step=0.5, trellis=False, price=0, rounding=0.2),
 ]
 
 
@@ -224,7 +234,7 @@ def test_impossible_codes_are_refused(quantiser, code):
         quantiser.reconstruct(quantised, values.shape, values.dtype, b"")
 
 
-@pytest.mark.parametrize("spec", ["uniform", "deadzone", "sign"])
+@pytest.mark.parametrize("spec", ["uniform", "deadzone", "sign", "grid"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_what_is_not_finite_cant_be_quantised(spec, value):
     with pytest.raises(WeightsError, match="'w'"):
@@ -240,10 +250,16 @@ def test_what_is_not_finite_cant_be_quantised(spec, value):
         "deadzone:bits=17",
         "deadzone:zeros=1",
         "deadzone:zeros=-1",
+        "grid:step=0",
+        "grid:step=inf",
+        "grid:price=-1",
+        "grid:price=nan",
+        "grid:rounding=0.6,trellis=False,price=0",
+        "grid:rounding=0.3",
     ],
 )
 def test_senseless_options_are_refused(spec):
-    with pytest.raises(SpecError, match=r"bits|zeros"):
+    with pytest.raises(SpecError, match=r"bits|zeros|step|price|rounding"):
         build_estimator(f"{spec}|raw")
 
 

@@ -1,0 +1,108 @@
+"""``kcomplex quantise``: the shortest lossy code that meets a wish, as a ``.kcz`` file."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from kcomplex.cli.output import OutputFormat, errors, output_format, write_frame
+from kcomplex.errors import KComplexError, SpecError
+from kcomplex.step_search import DEFAULT_ESTIMATOR, EVALUATIONS, WITHIN
+
+if TYPE_CHECKING:
+    import torch
+
+
+def quantise(
+    path: Annotated[str, typer.Argument(help="a checkpoint of any format that describe reads")],
+    output: Annotated[Path, typer.Option("--output", "-o", help=".kcz file to write")],
+    estimator: Annotated[
+        str, typer.Option("--estimator", "-e", metavar="SPEC", help="a quantiser with a step, and a coder")
+    ] = DEFAULT_ESTIMATOR,
+    mse: Annotated[float | None, typer.Option(help="at most this mean squared error a weight")] = None,
+    bits: Annotated[float | None, typer.Option(help="at most so many bits a weight, with the least error")] = None,
+    evaluate: Annotated[
+        str | None,
+        typer.Option(metavar="MODULE:FUNCTION", help="a loss of the state dict that grows by no more than --within"),
+    ] = None,
+    within: Annotated[float, typer.Option(help="share of the loss that may be added")] = WITHIN,
+    evaluations: Annotated[int, typer.Option(help="how often the loss may be evaluated")] = EVALUATIONS,
+    jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="threads; the file doesn't depend on it")] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="the outcome as JSON")] = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="the tensors as CSV (the default when piped)")] = False,
+) -> None:
+    """Write the smallest .kcz file found whose error, bits or loss are as wished; decode gives back its weights."""
+    import json
+
+    from rich.progress import Progress, TextColumn
+
+    from kcomplex.quantisation import quantise_file
+
+    shown = output_format(as_json, as_csv)
+    function = None if evaluate is None else _imported(evaluate)
+    columns = (TextColumn("{task.description}"), TextColumn("trial {task.completed}"))
+    with Progress(*columns, console=errors, transient=True, disable=not sys.stderr.isatty()) as bar:
+        task = bar.add_task("quantising", total=None)
+
+        def advance(trials: int, number: float) -> None:
+            what = "loss" if function else "error" if mse is not None else "bits a weight"
+            bar.update(task, completed=trials, description=f"{what} {number:.6g}")
+
+        told = quantise_file(
+            path,
+            output,
+            estimator,
+            mse=mse,
+            bits=bits,
+            evaluate=function,
+            within=within,
+            evaluations=evaluations,
+            jobs=jobs,
+            progress=advance,
+        )
+    if shown is OutputFormat.JSON:
+        sys.stdout.write(json.dumps(told.to_dict(), indent=2) + "\n")
+    else:
+        write_frame(told.to_frame(), shown)
+    loss = ""
+    if told.loss is not None:
+        loss = f", loss {told.loss:.6g} ({told.baseline:.6g} before, {told.evaluations} evaluations)"
+    errors.print(
+        f"wrote {output}: {told.bits // 8:,} bytes, {told.bits_per_weight:.4f} bits a weight, "
+        f"mean squared error {told.distortion:.6g}{loss}",
+        markup=False,
+    )
+
+
+def _imported(name: str) -> Callable[[dict[str, torch.Tensor]], Any]:
+    """Return a function by the name of its module and its own, its failures told as errors of its own.
+
+    Raises
+    ------
+    SpecError
+        There is no such module or function, or the module can't be imported.
+    """
+    module, colon, attribute = name.partition(":")
+    if not (module and colon and attribute):
+        raise SpecError(f"--evaluate {name!r}: write package.module:function")
+    # As python -m does: modules of the working directory can be imported.
+    sys.path.insert(0, "")
+    try:
+        function: Any = getattr(importlib.import_module(module), attribute)
+    except Exception as error:
+        raise SpecError(f"--evaluate {name!r} can't be imported: {type(error).__name__}: {error}") from error
+    if not callable(function):
+        raise SpecError(f"--evaluate {name!r} is a {type(function).__name__}, not a function")
+
+    def evaluate(tensors: dict[str, torch.Tensor]) -> Any:
+        try:
+            return function(tensors)
+        except Exception as error:
+            raise KComplexError(f"--evaluate {name!r} failed: {type(error).__name__}: {error}") from error
+
+    return evaluate
