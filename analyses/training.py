@@ -93,20 +93,9 @@ class Training:
             "validation_loss_nats": validation_loss,
         }
 
-    @torch.no_grad()
     def evaluate(self, split: Split) -> tuple[float, float]:
         """Return mean loss in nats and accuracy in [0, 1]."""
-        was_training = self.model.training
-        self.model.eval()
-        loss = correct = 0.0
-        for inputs, labels in zip(
-            torch.split(split.inputs, _EVALUATION_BATCH), torch.split(split.labels, _EVALUATION_BATCH), strict=True
-        ):
-            logits = self.model(inputs)
-            loss += float(cross_entropy(logits, labels, reduction="sum"))
-            correct += float((logits.argmax(1) == labels).sum())
-        self.model.train(was_training)
-        return loss / len(split), correct / len(split)
+        return evaluate(self.model, split)
 
     def converted(self) -> nn.Module:
         """Return a plain network with exactly the compressed weights."""
@@ -202,6 +191,22 @@ class Training:
             "shuffling": self.shuffling.get_state(),
             "global_generator": torch.get_rng_state(),
         }
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, split: Split) -> tuple[float, float]:
+    """Return mean loss in nats and accuracy in [0, 1], in evaluation mode."""
+    was_training = model.training
+    model.eval()
+    loss = correct = 0.0
+    for inputs, labels in zip(
+        torch.split(split.inputs, _EVALUATION_BATCH), torch.split(split.labels, _EVALUATION_BATCH), strict=True
+    ):
+        logits = model(inputs)
+        loss += float(cross_entropy(logits, labels, reduction="sum"))
+        correct += float((logits.argmax(1) == labels).sum())
+    model.train(was_training)
+    return loss / len(split), correct / len(split)
 
 
 def _optimizer(experiment: Experiment, prepared: Mode) -> torch.optim.Optimizer:

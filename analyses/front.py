@@ -1,0 +1,184 @@
+"""Front: what each finished run's network costs when it is written and read back, against how well it then does."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from numpy.typing import NDArray
+
+from kcomplex.analyses.accuracy import pareto_front
+from kcomplex.analyses.data import Dataset, load
+from kcomplex.analyses.experiment import Experiment, read_experiment
+from kcomplex.analyses.figure import axes_or_new, styles
+from kcomplex.analyses.lengths import description_bits, mask_bits
+from kcomplex.analyses.networks import network
+from kcomplex.analyses.run import CONFIGURATION, FINAL
+from kcomplex.analyses.training import evaluate
+from kcomplex.errors import RunError, SpecError
+from kcomplex.pipeline import build_estimator
+from kcomplex.stream import decode_checkpoint, encode_checkpoint
+from kcomplex.training.chain import links_of
+from kcomplex.training.dead_units import remove_dead_units
+from kcomplex.weights import open_weights
+
+# Of the codes that others need no context for, the one that sees both zeros and few distinct values.
+DEFAULT_ESTIMATOR = "palette|entropy"
+
+
+def compute(frame: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows of `measured`, by increasing bytes, with what is on the front.
+
+    Two columns are added: ``pareto`` (no other run is as short and as good, and better in one of the two) and ``hull``
+    (on the upper concave hull of accuracy over bytes, which a mixture of two runs could reach).
+
+    Parameters
+    ----------
+    frame
+        What `measured` returned.
+    """
+    table = frame.sort_values("bytes", ignore_index=True)
+    costs, gains = table["bytes"].to_numpy(float), table["accuracy"].to_numpy(float)
+    return table.assign(pareto=pareto_front(costs, gains), hull=upper_hull(costs, gains))
+
+
+def measured(folder: str | os.PathLike[str], estimator: str | None = None) -> pd.DataFrame:
+    """Return one row a finished run: its network without dead units, encoded, decoded and evaluated.
+
+    Columns: run, mode, seed; accuracy (of the decoded network, on test images), parameters (of the network as built),
+    non_zeros, rate (their ratio), units (of the layers left, as ``40-20-10``), estimator, bytes (of the whole stream,
+    names and shapes included), mask_bytes (what the positions of the non-zeros cost where all are alike: no code),
+    value_bytes (four for each non-zero, which others report as the size), data_bytes (the training labels given the
+    network) and description_bytes (both).
+
+    Parameters
+    ----------
+    folder
+        A run, or a folder of runs; those that aren't finished are left out.
+    estimator
+        Specification of a code; None for ``palette|entropy``.
+
+    Raises
+    ------
+    RunError
+        No run is finished.
+    WeightsError
+        The estimator isn't a code.
+    """
+    spec = build_estimator(estimator or DEFAULT_ESTIMATOR).spec
+    paths = sorted(path.parent for path in Path(folder).rglob(FINAL) if (path.parent / CONFIGURATION).is_file())
+    if not paths:
+        raise RunError(f"{os.fspath(folder)}: holds no finished run of an experiment")
+    data: dict[str, Dataset] = {}
+    rows = []
+    for path in paths:
+        experiment = read_experiment(path / CONFIGURATION)
+        if experiment.data not in data:
+            data[experiment.data] = load(experiment.data)
+        rows.append({"run": path.name, **_row(experiment, path / FINAL, data[experiment.data], spec)})
+    return pd.DataFrame(rows)
+
+
+def plot(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
+    """Return axes with one marker a run, one style a mode, and the front of best trade-offs.
+
+    Parameters
+    ----------
+    frame
+        What `compute` returned.
+    ax
+        Axes to draw on; new ones by default.
+    """
+    ax = axes_or_new(ax, width=8.0)
+    front = frame[frame["pareto"]]
+    ax.plot(front["bytes"], front["accuracy"], drawstyle="steps-post", color="0.6", zorder=1, label="best trade-offs")
+    names = frame["mode"].map(_method)
+    groups = sorted(set(names))
+    for style, name in zip(styles(len(groups)), groups, strict=True):
+        rows = frame[names == name]
+        ax.plot(rows["bytes"], rows["accuracy"], style.marker, color=style.grey, markeredgecolor="black", label=name)
+    ax.set_xscale("log")
+    ax.set_xlabel(f"bytes of the network without dead units ({frame['estimator'].iloc[0]}, code)")
+    ax.set_ylabel("test accuracy of the decoded network")
+    ax.grid(color="0.92", zorder=-1)
+    ax.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+    return ax
+
+
+def compute_from_runs(
+    path: str | os.PathLike[str], *, estimator: str | None = None, metric: str = "accuracy"
+) -> pd.DataFrame:
+    """Return `compute` of a run or a folder of runs.
+
+    Raises
+    ------
+    SpecError
+        Another metric than the accuracy is asked for: it is measured anew, on the decoded networks.
+    """
+    if metric != "accuracy":
+        raise SpecError(f"front measures the accuracy of decoded networks, not {metric!r}: use the analysis accuracy")
+    return compute(measured(path, estimator))
+
+
+def upper_hull(costs: NDArray[np.float64], gains: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Return which points are on the concave hull of the largest gain over cost, up to the point of the largest gain.
+
+    Parameters
+    ----------
+    costs, gains
+        One of each a point; shape (n,).
+    """
+    chosen: list[int] = []
+    for point in np.lexsort((-gains, costs)):
+        if chosen and gains[point] <= gains[chosen[-1]]:
+            continue
+        while len(chosen) > 1:
+            one, other = chosen[-2:]
+            rise = (gains[other] - gains[one]) * (costs[point] - costs[other])
+            if rise > (gains[point] - gains[other]) * (costs[other] - costs[one]):
+                break
+            chosen.pop()
+        chosen.append(int(point))
+    on_hull = np.zeros(len(costs), bool)
+    on_hull[chosen] = True
+    return on_hull
+
+
+def _row(experiment: Experiment, final: Path, data: Dataset, estimator: str) -> dict[str, Any]:
+    model = network(experiment.network).build(data.input_shape, data.classes)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    with open_weights(final) as weights:
+        model.load_state_dict({name: handle.read() for name, handle in weights.items()})
+    # Every built-in network is a chain.
+    smaller = remove_dead_units(model).model
+    stream = encode_checkpoint(smaller, estimator)
+    smaller.load_state_dict(decode_checkpoint(stream))
+    non_zeros = sum(int(parameter.count_nonzero()) for parameter in smaller.parameters())
+    entries = sum(parameter.numel() for parameter in smaller.parameters())
+    loss, _ = evaluate(smaller, data.train)
+    data_bits = description_bits(0.0, loss, len(data.train))
+    return {
+        "mode": experiment.mode,
+        "seed": experiment.seed,
+        "accuracy": evaluate(smaller, data.test)[1],
+        "parameters": parameters,
+        "non_zeros": non_zeros,
+        "rate": parameters / non_zeros if non_zeros else math.inf,
+        "units": "-".join(str(link.units) for link in links_of(smaller)),
+        "estimator": estimator,
+        "bytes": len(stream),
+        "mask_bytes": mask_bits(non_zeros, entries) / 8,
+        "value_bytes": 4 * non_zeros,
+        "data_bytes": data_bits / 8,
+        "description_bytes": len(stream) + data_bits / 8,
+    }
+
+
+def _method(mode: str) -> str:
+    """Return the names of a mode's stages without their options."""
+    return " | ".join(stage.partition(":")[0].strip() for stage in mode.split("|"))
