@@ -35,6 +35,7 @@ _COLOURS = {
     "signs": "#0072B2",
     "exponents": "#E69F00",
     "magnitudes": "#009E73",
+    "low magnitude bits": "#99D8C3",
     "mantissas": "#F0E442",
     "low mantissa bits": "0.8",
     "payload": "0.6",

@@ -1,7 +1,8 @@
 """The floor: what a tensor's histogram leaves to be told, field by field; a proxy to set a code's bits beside.
 
 A code that finds structure beyond the histogram (between neighbours, rows, tensors) is below it; one that is above it
-hasn't even used the histogram. It pays for no frequencies and no table of values, so it bounds nothing.
+hasn't even used the histogram. It pays for no table of values and, but for mantissas, for no frequencies: it bounds
+nothing.
 """
 
 from __future__ import annotations
@@ -39,8 +40,8 @@ class TensorFloor:
     parts
         Bits by field. For integers and few-valued floats ``zero flags``, ``signs`` and ``magnitudes``; they sum to
         ``arrangement_bits``. For other floats ``zero flags``, ``signs``, ``exponents``, ``mantissas``,
-        ``low mantissa bits`` (the lowest ones under each exponent that no frequency makes shorter: raw) and, where
-        rows differ in it, ``trailing zeros``: how many lowest bits of a row are all zero, and cost nothing.
+        ``raw mantissa bits`` (the positions, under each exponent, that no frequency makes shorter) and, where rows
+        differ in it, ``trailing zeros``: how many lowest bits of a row are all zero, and cost nothing.
     """
 
     name: str
@@ -58,7 +59,7 @@ class TensorFloor:
 
 
 def tensor_floor(handle: TensorHandle) -> TensorFloor:
-    """Return the floor of a tensor; memory: two copies of it.
+    """Return the floor of a tensor; memory: up to ten times its size, in seconds for 20 million weights.
 
     Floats count as few-valued where a plain table of their values and the bits to tell which is which are together
     shorter than the fields.
@@ -127,13 +128,13 @@ def _field_parts(words: Words, handle: TensorHandle) -> dict[str, float]:
     alive = np.zeros((1 << exponent_bits, mantissa_bits), np.int64)
     _count_fields(matrix, exponent_bits, mantissa_bits, trailing, signs, exponents, ones, alive)
     used = exponents > 0
-    low, mantissas = _mantissa_parts(ones[used], alive[used])
+    raw, mantissas = _mantissa_parts(ones[used], alive[used])
     return {
         "zero flags": arrangement_bits(signs.sum(axis=1)),
         "signs": arrangement_bits(signs[0]) + arrangement_bits(signs[1]),
         "exponents": arrangement_bits(exponents),
         "mantissas": mantissas,
-        "low mantissa bits": low,
+        "raw mantissa bits": raw,
         **({"trailing zeros": telling} if telling else {}),
     }
 
@@ -155,9 +156,9 @@ def _choose_trailing_zeros(trailing: NDArray[np.int64], entries: NDArray[np.int6
 
 
 def _mantissa_parts(ones: NDArray[np.int64], alive: NDArray[np.int64]) -> tuple[float, float]:
-    """Return the bits of the lowest, raw positions of mantissas, and those of the positions above.
+    """Return the bits of the raw positions of mantissas, and those of the others.
 
-    A position is raw, under one exponent, where an enumerative code (Cover, "Enumerative source encoding", IEEE
+    Under one exponent, a position is raw where an enumerative code (Cover, "Enumerative source encoding", IEEE
     Transactions on Information Theory 19, 1973), the number of ones included, isn't shorter than the bits themselves.
 
     Parameters
@@ -169,9 +170,8 @@ def _mantissa_parts(ones: NDArray[np.int64], alive: NDArray[np.int64]) -> tuple[
     choose = (gammaln(alive + 1.0) - gammaln(ones + 1.0) - gammaln(alive - ones + 1.0)) / math.log(2)
     plain = alive.astype(np.float64)
     modelled = choose + np.log2(alive + 1.0)
-    # Where the position isn't raw, no position above it under the same exponent is among the lowest either.
-    lowest = np.logical_and.accumulate(modelled >= plain, axis=1)
-    return math.fsum(plain[lowest]), math.fsum(np.minimum(plain, modelled)[~lowest])
+    raw = modelled >= plain
+    return math.fsum(plain[raw]), math.fsum(modelled[~raw])
 
 
 @compiled
