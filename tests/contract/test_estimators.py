@@ -66,6 +66,8 @@ SPECS = [
     "grid:step=0.1|entropy",
     "grid:step=0.1,trellis=False,contexts=False|mix",
     "grid:step=0.1,trellis=False,price=0.0,rounding=0.3|zstd",
+    "lloyd:k=8|entropy",
+    "lloyd:k=30,price=1.0,shared=True|context",
     "sign|entropy",
     "sign:per_row=True|raw",
     "mosaic|entropy",
