@@ -1,7 +1,7 @@
 """Blocks of weights and banks of motifs.
 
 A network's tensors are cut in blocks of s consecutive weights; a mosaic keeps k motifs and one motif's index a block
-(MoMos, arXiv:2602.14896). Everything here is plain NumPy on float64 rows, which hold every shorter float exactly.
+(MoMos, arXiv:2602.14896). Everything here works on float64 rows, which hold every shorter float exactly.
 """
 
 from __future__ import annotations
@@ -9,13 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from kcomplex.errors import SpecError, WeightsError
-from kcomplex.nearest import Indices, Rows, distinct, squared_distances
+from kcomplex.nearest import Indices, Rows, distinct, nearest, squared_distances
 
 # Beyond it a squared distance overflows float64.
 _LARGEST = 1e150
@@ -39,14 +40,15 @@ class Blocks:
     real: Indices
     sizes: tuple[int, ...]
 
-    def split(self, rows: Rows) -> list[Rows]:
-        """Return rows of the same shape as one flat array a tensor, without the padding."""
-        width = rows.shape[1]
-        flat, start, pieces = rows.reshape(-1), 0, []
-        for size in self.sizes:
-            pieces.append(flat[start : start + size])
-            start += -(-size // width) * width
-        return pieces
+
+def split_rows(rows: Rows, sizes: Sequence[int]) -> list[Rows]:
+    """Return the rows of stacked blocks as one flat array for each tensor of these sizes, without the padding."""
+    width = rows.shape[1]
+    flat, start, pieces = rows.reshape(-1), 0, []
+    for size in sizes:
+        pieces.append(flat[start : start + size])
+        start += -(-size // width) * width
+    return pieces
 
 
 def blocks_of(tensors: Sequence[NDArray[np.floating[Any]]], block_size: int, names: Sequence[str] = ()) -> Blocks:
@@ -146,11 +148,93 @@ def draw_motifs(
     return np.concatenate([zero, blocks.rows[_first_distinct(blocks.rows, pool, count - len(zero))]])
 
 
-def update_motifs(blocks: Blocks, motifs: Rows, assignment: Indices, *, force_zero: bool = True) -> Rows:
-    """Return motifs after one step of Lloyd's algorithm: each one becomes the mean of the blocks assigned to it.
+Selection = Literal["random", "distinct", "weighted", "spread"]
+SELECTIONS: tuple[str, ...] = get_args(Selection)
+_SPREAD_ROUNDS = 5
 
-    Padding counts for nothing. A motif that nobody uses moves to one of the blocks that fit worst. The zero motif
-    at index 0, if forced, stays.
+
+def select_motifs(
+    blocks: Blocks, count: int, generator: torch.Generator, selection: Selection, *, force_zero: bool = True
+) -> Rows:
+    """Return motifs selected from the blocks, the zero motif first where it is forced.
+
+    Parameters
+    ----------
+    blocks, count, force_zero
+        See `draw_motifs`; padded tails become motifs only where there is no other block, but for ``random``.
+    generator
+        Of the random numbers; the same state gives the same motifs on every machine.
+    selection
+        ``random``: blocks drawn without replacement, equal ones among them (as published). ``distinct``: the same,
+        but no motif twice. ``weighted``: distinct blocks, drawn in proportion to how many blocks are equal to them.
+        ``spread``: a fifth of the motifs distinct, then four times as many again drawn in proportion to the squared
+        distance to those already taken, which seeds k-means well.
+
+    Returns
+    -------
+    ndarray of shape (k, s), k <= count
+
+    References
+    ----------
+    B. Bahmani et al.: Scalable k-means++. VLDB 2012 (``spread``).
+    """
+    if selection in ("random", "distinct"):
+        permutation = torch.randperm(len(blocks.rows), generator=generator).numpy()
+        return draw_motifs(blocks, count, permutation, force_zero=force_zero, reference=selection == "random")
+    size = blocks.rows.shape[1]
+    whole = np.flatnonzero(blocks.real == size)
+    pool = whole if len(whole) else np.arange(len(blocks.rows))
+    rows = blocks.rows[pool]
+    zero = np.zeros((int(force_zero), size))
+    if selection == "weighted":
+        weights = multiplicities(rows).astype(np.float64)
+        weights[(weights > 0) & ~rows.any(axis=1) & force_zero] = 0.0
+        return np.concatenate([zero, rows[_race(weights, count - len(zero), generator)]])
+    taken = select_motifs(
+        Blocks(rows, np.full(len(rows), size), (rows.size,)),
+        max(count // _SPREAD_ROUNDS, 1 + int(force_zero)),
+        generator,
+        "distinct",
+        force_zero=force_zero,
+    )
+    distances = squared_distances(rows, taken[nearest(rows, taken)])
+    repeated = multiplicities(rows) == 0
+    for left in range(_SPREAD_ROUNDS - 1, 0, -1):
+        distances[repeated] = 0.0
+        more = rows[_race(distances, -(-(count - len(taken)) // left), generator)]
+        if not len(more):
+            break
+        taken = np.concatenate([taken, more])
+        distances = np.minimum(distances, squared_distances(rows, more[nearest(rows, more)]))
+    return taken
+
+
+def _race(weights: NDArray[np.float64], count: int, generator: torch.Generator) -> Indices:
+    """Return indices drawn without replacement in proportion to weights, ascending; none of weight zero."""
+    # The first to finish, where each takes an exponentially distributed time at the rate of its weight.
+    uniform = torch.rand(len(weights), generator=generator, dtype=torch.float64).numpy()
+    runners = np.flatnonzero(weights > 0)
+    times = -np.log1p(-uniform[runners]) / weights[runners]
+    count = min(count, len(runners))
+    winners: Indices = np.sort(runners[np.argsort(times, kind="stable")[:count]])
+    return winners
+
+
+def multiplicities(rows: Rows) -> Indices:
+    """Return, in the place of each distinct row's first occurrence, how often it occurs, and zero elsewhere."""
+    order = np.lexsort((np.arange(len(rows)), *rows.T[::-1]))
+    ordered = rows[order]
+    starts = np.ones(len(rows), dtype=bool)
+    starts[1:] = (ordered[1:] != ordered[:-1]).any(axis=1)
+    counts = np.zeros(len(rows), dtype=np.intp)
+    counts[order[starts]] = np.diff(np.flatnonzero(starts), append=len(rows))
+    return counts
+
+
+def mean_motifs(blocks: Blocks, motifs: Rows, assignment: Indices, *, force_zero: bool = True) -> Rows:
+    """Return motifs after each one became the mean of the blocks assigned to it, where there are some.
+
+    Padding counts for nothing. The zero motif at index 0, if forced, stays.
     """
     count, size = motifs.shape
     updated = motifs.copy()
@@ -161,6 +245,16 @@ def update_motifs(blocks: Blocks, motifs: Rows, assignment: Indices, *, force_ze
         np.divide(total, users, out=updated[:, column], where=users > 0)
     if force_zero:
         updated[0] = 0.0
+    return updated
+
+
+def update_motifs(blocks: Blocks, motifs: Rows, assignment: Indices, *, force_zero: bool = True) -> Rows:
+    """Return motifs after one step of Lloyd's algorithm: `mean_motifs`, and unused ones where blocks fit worst.
+
+    The zero motif at index 0, if forced, stays.
+    """
+    count, size = motifs.shape
+    updated = mean_motifs(blocks, motifs, assignment, force_zero=force_zero)
     unused = np.flatnonzero(np.bincount(assignment, minlength=count) == 0)
     unused = unused[unused >= int(force_zero)]
     if unused.size:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from kcomplex.training import dead_zone_kernels
-from kcomplex.training.parametrised import arithmetic_dtype
+from kcomplex.training.parametrised import HoldingQuantiser, arithmetic_dtype
 
 MIN_BITS = 2
 # A plain number at fixed precision, a tensor without dimensions where the bits are learned.
@@ -137,7 +137,7 @@ def _dequantise(codes: torch.Tensor, step: torch.Tensor, shift: torch.Tensor, dt
     return values.add_(0.0)
 
 
-class DeadZoneQuantiser(nn.Module):
+class DeadZoneQuantiser(HoldingQuantiser):
     """The parametrisation of one tensor.
 
     Parameters
@@ -161,21 +161,48 @@ class DeadZoneQuantiser(nn.Module):
     def forward(self, weights: torch.Tensor) -> torch.Tensor:
         """Return the quantised weights; gradients reach the weights and the logits."""
         quantised: torch.Tensor = _Quantise.apply(  # type: ignore[no-untyped-call]
-            weights, self.logit_dead_zone, self.logit_bits, self.scheme
+            weights, self.logit_dead_zone, self.logit_bits, self.scheme, self.held
         )
         return quantised
+
+    @torch.no_grad()
+    def hold(self, weights: torch.Tensor) -> None:
+        """Keep the top level that these weights have; the logits still move the levels below it."""
+        self.held = None
+        self.held = self.grid(weights).absmax.clone()
+
+    @torch.no_grad()
+    def coordinates(self, weights: torch.Tensor) -> torch.Tensor:
+        """Return codes with what lies between them: half a code at the edge of the dead zone, linear on both sides."""
+        grid, rows = self.grid(weights), self.scheme.rows(weights)
+        size = rows.abs()
+        inside = size / grid.dead_zone
+        beyond = (size - grid.shift) / grid.step
+        found = torch.where(size < grid.dead_zone / 2, inside, beyond)
+        return (found * rows.sign()).reshape(weights.shape)
+
+    @torch.no_grad()
+    def weights_at(self, coordinates: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        """Return the weights at coordinates; at an integer, what the quantiser makes of that code."""
+        grid = self.grid(like)
+        rows = coordinates.to(grid.step).reshape(len(grid.step), -1)
+        size = rows.abs()
+        found = torch.where(size < 0.5, size * grid.dead_zone, size * grid.step + grid.shift)
+        return (found * rows.sign()).reshape(coordinates.shape).to(like.dtype).add_(0.0)
 
     @torch.no_grad()
     def grid(self, weights: torch.Tensor) -> Grid:
         """Return the levels that these weights are quantised to."""
         scheme = self.scheme
         if not _compiled(scheme, weights):
-            return scheme.grid(scheme.absmax(scheme.rows(weights)), self.logit_dead_zone, self.logit_bits)
+            absmax = scheme.absmax(scheme.rows(weights)) if self.held is None else self.held
+            return scheme.grid(absmax, self.logit_dead_zone, self.logit_bits)
         values = _array(scheme, weights)
         columns = np.empty((len(values), 4), values.dtype)
         openness, bits, _ = _numbers(scheme, self.logit_dead_zone, self.logit_bits)
         top = 2 ** (bits - 1) - 1
-        dead_zone_kernels.levels(_words(values), values[:0], scheme.quantile, openness, top, columns)
+        held = _held(self.held, values)
+        dead_zone_kernels.levels(_words(values), values[:0], held, scheme.quantile, openness, top, columns)
         absmax, dead_zone, step, shift = torch.from_numpy(columns)[..., None].unbind(1)
         return Grid(absmax, bits, top, dead_zone, step, shift)
 
@@ -251,6 +278,11 @@ def _array(scheme: Scheme, tensor: torch.Tensor) -> NDArray[np.floating[Any]]:
     return array.reshape(len(array) if scheme.per_channel and array.ndim else 1, -1)
 
 
+def _held(held: torch.Tensor | None, values: NDArray[np.floating[Any]]) -> NDArray[np.floating[Any]]:
+    """Return held top levels as an array of shape (rows, 1), or an empty one."""
+    return np.empty((0, 1), values.dtype) if held is None else held.numpy()
+
+
 def _words(values: NDArray[np.floating[Any]]) -> NDArray[np.unsignedinteger[Any]]:
     return values.view(np.uint32 if values.itemsize == 4 else np.uint64)
 
@@ -263,11 +295,12 @@ class _Quantise(torch.autograd.Function):
         logit_dead_zone: torch.Tensor,
         logit_bits: torch.Tensor | None,
         scheme: Scheme,
+        held: torch.Tensor | None,
     ) -> torch.Tensor:
         ctx.scheme = scheme
         if not _compiled(scheme, weights):
             rows = scheme.rows(weights)
-            grid = scheme.grid(scheme.absmax(rows), logit_dead_zone, logit_bits)
+            grid = scheme.grid(scheme.absmax(rows) if held is None else held, logit_dead_zone, logit_bits)
             ctx.grid = grid
             ctx.save_for_backward(weights, logit_dead_zone, logit_bits)
             return grid.values(grid.codes(rows), weights.dtype).reshape(weights.shape)
@@ -275,7 +308,14 @@ class _Quantise(torch.autograd.Function):
         values = _array(scheme, weights)
         quantised, columns = np.empty_like(values), np.empty((len(values), 4), values.dtype)
         dead_zone_kernels.quantise_anew(
-            _words(values), values, scheme.quantile, openness, 2 ** (bits - 1) - 1, columns, quantised
+            _words(values),
+            values,
+            _held(held, values),
+            scheme.quantile,
+            openness,
+            2 ** (bits - 1) - 1,
+            columns,
+            quantised,
         )
         ctx.save_for_backward(weights)
         ctx.bits, ctx.columns, ctx.logit_dtype = bits, columns, logit_dead_zone.dtype
@@ -284,18 +324,18 @@ class _Quantise(torch.autograd.Function):
     @staticmethod
     def backward(
         ctx: Any, gradient: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, None]:
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, None, None]:
         if not any(ctx.needs_input_grad[1:3]):
             weights, scheme = ctx.saved_tensors[0], ctx.scheme
-            return gradient * (weights != 0) if scheme.reference else gradient, None, None, None
+            return gradient * (weights != 0) if scheme.reference else gradient, None, None, None, None
         if hasattr(ctx, "columns"):
             rows, outward = (_array(ctx.scheme, tensor) for tensor in (ctx.saved_tensors[0], gradient))
             to_openness, to_top = dead_zone_kernels.slopes(rows, outward, ctx.columns, 2 ** (ctx.bits - 1) - 1)
             dead_zone, bits = ctx.derivatives
             to_bits = to_top * math.log(2) * 2 ** (ctx.bits - 1) * bits if ctx.needs_input_grad[2] else None
             of_dead_zone, of_bits = (_logit(value, ctx.logit_dtype) for value in (to_openness * dead_zone, to_bits))
-            return gradient, of_dead_zone, of_bits, None
-        return *_elementary_backward(ctx, gradient), None
+            return gradient, of_dead_zone, of_bits, None, None
+        return *_elementary_backward(ctx, gradient), None, None
 
 
 def _logit(value: float | None, dtype: torch.dtype) -> torch.Tensor | None:

@@ -78,13 +78,15 @@ def order_statistics(words: NDArray[np.unsignedinteger[Any]], lower: int, found:
 
 
 @compiled
-def levels(words: Any, kind: Any, quantile: float, openness: float, top: float, columns: Floats) -> None:
+def levels(words: Any, kind: Any, held: Floats, quantile: float, openness: float, top: float, columns: Floats) -> None:
     """Write the levels of every row.
 
     Parameters
     ----------
     words, kind
         See `order_statistics`, and an empty array of their float dtype.
+    held
+        Top levels of shape (rows, 1) in place of quantiles, or an empty array.
     quantile, openness, top
         Of the magnitudes, in [0, 1]; of the dead zone, in [0, 1]; largest code.
     columns
@@ -94,13 +96,17 @@ def levels(words: Any, kind: Any, quantile: float, openness: float, top: float, 
     position = quantile * (length - 1)
     lower = int(np.floor(position))
     found = np.empty((rows, 3), dtype=words.dtype)
-    order_statistics(words, lower, found)
+    if not len(held):
+        order_statistics(words, lower, found)
     values = found.view(kind.dtype)
     relative = np.finfo(kind.dtype).eps
     for row in range(rows):
-        low, high, largest = values[row, 0], values[row, 1], values[row, 2]
-        absmax = low + (position - lower) * (high - low)
-        absmax = largest if absmax == 0 else absmax
+        if len(held):
+            absmax = held[row, 0] * 1.0
+        else:
+            low, high, largest = values[row, 0], values[row, 1], values[row, 2]
+            absmax = low + (position - lower) * (high - low)
+            absmax = largest * 1.0 if absmax == 0 else absmax
         dead_zone = 2 * absmax * (1 - openness)
         # Widened in proportion, so that the widest dead zone leaves a step. Where all is zero any step will do.
         step = (absmax * (1 + relative) - dead_zone / 2) / (top - 0.5)
@@ -141,10 +147,17 @@ def quantise(weights: Floats, columns: Floats, top: float, values: Floats) -> No
 
 @compiled
 def quantise_anew(
-    words: Any, weights: Floats, quantile: float, openness: float, top: float, columns: Floats, values: Floats
+    words: Any,
+    weights: Floats,
+    held: Floats,
+    quantile: float,
+    openness: float,
+    top: float,
+    columns: Floats,
+    values: Floats,
 ) -> None:
     """Write `levels` and the values that `quantise` makes of them."""
-    levels(words, weights[:0], quantile, openness, top, columns)
+    levels(words, weights[:0], held, quantile, openness, top, columns)
     quantise(weights, columns, top, values)
 
 

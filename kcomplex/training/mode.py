@@ -287,8 +287,9 @@ def _places(model: nn.Module, parametrised: bool) -> list[list[Place]]:
     """Return every place of every trainable parameter that isn't empty."""
     places: dict[int, list[Place]] = {}
     for prefix, module in model.named_modules(remove_duplicate=False):
-        inside = isinstance(module, parametrize.ParametrizationList)
-        named = {} if parametrised and inside else dict(module._parameters)
+        if parametrised and "parametrizations" in prefix.split("."):
+            continue
+        named = dict(module._parameters)
         if parametrised and parametrize.is_parametrized(module):
             chains = module.get_submodule("parametrizations").named_children()
             named |= {name: chain._parameters["original"] for name, chain in chains if "original" in chain._parameters}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
@@ -15,6 +16,39 @@ Parametrisation = TypeVar("Parametrisation", bound=nn.Module)
 
 # These have too few significant bits for the arithmetic of a quantiser; it's done in float32 for them.
 _SHORT = (torch.float16, torch.bfloat16)
+
+
+class HoldingQuantiser(nn.Module, ABC):
+    """A quantiser whose scale may be held, so that levels stay where they are while the weights move.
+
+    Attributes
+    ----------
+    held
+        What is held instead of being computed anew from the weights; None where nothing is.
+    """
+
+    held: torch.Tensor | None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held = None
+
+    @property
+    @abstractmethod
+    def bits(self) -> int:
+        """Bits a code."""
+
+    @abstractmethod
+    def hold(self, weights: torch.Tensor) -> None:
+        """Keep the scale that these weights have."""
+
+    @abstractmethod
+    def coordinates(self, weights: torch.Tensor) -> torch.Tensor:
+        """Return where weights lie among the levels: continuous, increasing, integers at the levels, 0 at 0."""
+
+    @abstractmethod
+    def weights_at(self, coordinates: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        """Return the weights at coordinates, in the dtype of ``like``, whose scale it is if none is held."""
 
 
 def parametrise(

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kcomplex.motifs import Blocks, blocks_of
+from kcomplex.motifs import blocks_of, split_rows
 from kcomplex.nearest import Indices, Rows, nearest
 
 
@@ -64,14 +64,30 @@ def project(
         A tensor holds NaN or infinity.
     """
     blocks = blocks_of([array_of(tensor) for tensor in tensors], motifs.shape[1], names)
-    return replaced(tensors, blocks, motifs, nearest(blocks.rows, motifs, None if reference else blocks.real))
+    return replaced(tensors, blocks.sizes, motifs, nearest(blocks.rows, motifs, None if reference else blocks.real))
 
 
-def replaced(tensors: Sequence[torch.Tensor], blocks: Blocks, motifs: Rows, assignment: Indices) -> Projection:
-    """Return tensors, whose blocks are given, with the assigned motif in the place of every block."""
+def replaced(
+    tensors: Sequence[torch.Tensor],
+    sizes: tuple[int, ...],
+    motifs: Rows,
+    assignment: Indices,
+    tensors_of: Sequence[Callable[[Rows], torch.Tensor]] | None = None,
+) -> Projection:
+    """Return tensors of these sizes with the assigned motif in the place of every block.
+
+    Parameters
+    ----------
+    tensors, sizes
+        What is replaced, and the number of entries of each.
+    motifs, assignment
+        Of shapes (k, s) and (m,).
+    tensors_of
+        For each tensor, what makes a tensor of its shape and dtype of flat entries of motifs; None casts them.
+    """
     projected, distortion, changed = [], 0.0, 0
-    for tensor, flat in zip(tensors, blocks.split(motifs[assignment]), strict=True):
-        after = torch.from_numpy(flat).to(tensor.dtype).reshape(tensor.shape)
+    for index, (tensor, flat) in enumerate(zip(tensors, split_rows(motifs[assignment], sizes), strict=True)):
+        after = tensors_of[index](flat) if tensors_of else torch.from_numpy(flat).to(tensor.dtype).reshape(tensor.shape)
         difference = array_of(after) - array_of(tensor)
         distortion += float(np.square(difference).sum())
         changed += int(np.count_nonzero(difference))

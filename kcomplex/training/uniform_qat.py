@@ -10,7 +10,7 @@ from torch import nn
 
 from kcomplex.errors import SpecError
 from kcomplex.training.mode import WEIGHT_LAYERS, Mode
-from kcomplex.training.parametrised import arithmetic_dtype, parametrise, share_of_zeros
+from kcomplex.training.parametrised import HoldingQuantiser, arithmetic_dtype, parametrise, share_of_zeros
 
 # From here on a float32 weight is kept as it is.
 _FULL_PRECISION = 32
@@ -55,17 +55,21 @@ class UniformQAT(Mode):
     def prepare(self, model: nn.Module) -> None:
         """Attach to a model: the chosen weights are read through the quantiser from now on."""
         self.refuse_second_model()
-        quantiser = _UniformQuantiser(self.bits, self.per_channel)
-        quantised = parametrise(model, WEIGHT_LAYERS, self.include, self.exclude, lambda _: quantiser)
-        object.__setattr__(self, "_quantised", tuple(quantised))
+        quantisers = parametrise(model, WEIGHT_LAYERS, self.include, self.exclude, self._quantiser)
+        object.__setattr__(self, "_quantised", tuple(quantisers))
         self.attach_to(model)
 
     def report(self) -> dict[str, float]:
         """Return ``zeros``, the share of quantised weights that are zero."""
         return {"zeros": share_of_zeros(self.model, self.__dict__["_quantised"])}
 
+    def _quantiser(self, _: nn.Parameter) -> UniformQuantiser:
+        return UniformQuantiser(self.bits, self.per_channel)
 
-def quantise_uniformly(weights: torch.Tensor, bits: int, per_channel: bool = False) -> torch.Tensor:
+
+def quantise_uniformly(
+    weights: torch.Tensor, bits: int, per_channel: bool = False, scale: torch.Tensor | None = None
+) -> torch.Tensor:
     """Return weights rounded to multiples of ``scale = max|w| / q`` with ``q = 2**(bits - 1) - 1``.
 
     The gradient passes straight through. Rounding is half to even; zeros are positive zeros; an all-zero tensor stays.
@@ -78,23 +82,31 @@ def quantise_uniformly(weights: torch.Tensor, bits: int, per_channel: bool = Fal
         2 or more; from 32 on the weights are returned as they are.
     per_channel
         One scale for each row of the first axis instead of one a tensor.
+    scale
+        Another scale than `uniform_scale`; what is beyond the last level is clipped.
     """
     if bits >= _FULL_PRECISION or not weights.numel():
         return weights
-    quantised: torch.Tensor = _QuantiseUniformly.apply(weights, bits, per_channel)  # type: ignore[no-untyped-call]
+    if scale is None:
+        scale = uniform_scale(weights, bits, per_channel)
+    quantised: torch.Tensor = _QuantiseUniformly.apply(weights, bits, scale)  # type: ignore[no-untyped-call]
     return quantised
+
+
+def uniform_scale(weights: torch.Tensor, bits: int, per_channel: bool = False) -> torch.Tensor:
+    """Return ``max|w| / (2**(bits - 1) - 1)``, of a shape that broadcasts against the weights; 1 where all is zero."""
+    wide = weights.detach().to(arithmetic_dtype(weights.dtype))
+    axes = tuple(range(1, weights.ndim)) if per_channel else tuple(range(weights.ndim))
+    scale = (wide.abs().amax(axes, keepdim=True) if axes else wide.abs()) / (2 ** (bits - 1) - 1)
+    # Where all is zero any scale will do; this one spares the division by zero.
+    return torch.where(scale == 0, 1, scale)
 
 
 class _QuantiseUniformly(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, weights: torch.Tensor, bits: int, per_channel: bool) -> torch.Tensor:
-        wide = weights.to(arithmetic_dtype(weights.dtype))
+    def forward(ctx: Any, weights: torch.Tensor, bits: int, scale: torch.Tensor) -> torch.Tensor:
         top = 2 ** (bits - 1) - 1
-        axes = tuple(range(1, weights.ndim)) if per_channel else tuple(range(weights.ndim))
-        scale = (wide.abs().amax(axes, keepdim=True) if axes else wide.abs()) / top
-        # Where all is zero any scale will do; this one spares the division by zero.
-        scale = torch.where(scale == 0, 1, scale)
-        codes = (wide / scale).round_().clamp_(-top, top)
+        codes = (weights.to(scale.dtype) / scale).round_().clamp_(-top, top)
         # Adding zero turns -0.0 into 0.0, which would otherwise be one value more to store.
         return codes.mul_(scale).to(weights.dtype).add_(0.0)
 
@@ -103,14 +115,40 @@ class _QuantiseUniformly(torch.autograd.Function):
         return gradient, None, None
 
 
-class _UniformQuantiser(nn.Module):
+class UniformQuantiser(HoldingQuantiser):
+    """The parametrisation of one tensor; see `UniformQAT`."""
+
     def __init__(self, bits: int, per_channel: bool) -> None:
         super().__init__()
-        self.bits = bits
+        self._bits = bits
         self.per_channel = per_channel
 
+    @property
+    def bits(self) -> int:
+        """Bits a code."""
+        return self._bits
+
     def forward(self, weights: torch.Tensor) -> torch.Tensor:
-        return quantise_uniformly(weights, self.bits, self.per_channel)
+        """Return the quantised weights."""
+        return quantise_uniformly(weights, self.bits, self.per_channel, self.held)
+
+    def hold(self, weights: torch.Tensor) -> None:
+        """Keep the scale that these weights have."""
+        self.held = uniform_scale(weights, self.bits, self.per_channel)
+
+    def coordinates(self, weights: torch.Tensor) -> torch.Tensor:
+        """Return ``w / scale``."""
+        scale = self._scale(weights)
+        return weights.detach().to(scale.dtype) / scale
+
+    def weights_at(self, coordinates: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        """Return ``scale * coordinates``."""
+        scale = self._scale(like)
+        return (coordinates.to(scale) * scale).to(like.dtype).add_(0.0)
+
+    def _scale(self, weights: torch.Tensor) -> torch.Tensor:
+        return uniform_scale(weights, self.bits, self.per_channel) if self.held is None else self.held
 
     def extra_repr(self) -> str:
+        """Return the configuration for the module's repr."""
         return f"bits={self.bits}, per_channel={self.per_channel}"

@@ -25,6 +25,14 @@ FILES = sorted(path for path in GOLDEN.glob("momos_*.npz") if path.stem not in O
 needs_golden = pytest.mark.skipif(not GOLDEN.exists(), reason="the golden files are absent")
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 class Holder(nn.Module):
     """Arrays as parameters, in order."""
 
@@ -162,6 +170,21 @@ def test_latent_weights_under_a_quantiser_are_projected_as_published():
     np.testing.assert_array_equal(result.counts, case["motif_counts"])
     assert result.distortion == pytest.approx(float(case["distortion"]), rel=1e-6)
     assert result.changed == int(case["num_changed_weights"])
+
+
+@needs_golden
+def test_reference_mode_projects_latent_weights_as_published(monkeypatch):
+    case = np.load(GOLDEN / "momos_plus_qat.npz")
+    monkeypatch.setattr(torch, "randperm", lambda *_, **__: torch.tensor(case["perm"]))
+    model = nn.Sequential(nn.Linear(9, 7), nn.LayerNorm(7), nn.Linear(7, 4))
+    names = [key.removeprefix("in_") for key in case.files if key.startswith("in_")]
+    model.load_state_dict({name.replace("_", "."): torch.tensor(case[f"in_{name}"]) for name in names})
+    options = {"quantiser": "uniform_qat", "bits": int(case["q_bits"]), "motifs": int(case["k"])}
+    momos = MoMos(int(case["s"]), capacity=None, reference=True, **options)
+    momos.prepare(model)
+    momos.after_epoch()
+    for name, value in model.state_dict().items():
+        np.testing.assert_array_equal(value.numpy(), case["latent_" + name.replace(".", "_")])
 
 
 def network(seed=0):
