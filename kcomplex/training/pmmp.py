@@ -217,9 +217,11 @@ class _Penalty(torch.autograd.Function):
         for (theta, w, gamma, u), bracket in zip(_quadruples(tensors), brackets, strict=True):
             here = gradient.to(u)
             pull = u * (2 * here)
-            to_theta = torch.mul(w, gamma).neg_().add_(theta).mul_(pull)
+            to_theta = torch.addcmul(theta, w, gamma, value=-1).mul_(pull)
             to_w = torch.sub(w, theta).mul_(gamma).mul_(pull)
-            to_gamma = torch.sub(w, theta, alpha=2).mul_(w).mul_(u).add_(ctx.price).mul_(here)
+            # theta - w/2 in the place of w - 2 theta, so that the pull's two serves here too.
+            half = torch.sub(theta, w, alpha=0.5).mul_(w)
+            to_gamma = torch.addcmul(ctx.price * here, half, pull, value=-1)
             gradients += [to_theta, to_w, to_gamma, bracket * here]
         return None, *gradients
 
