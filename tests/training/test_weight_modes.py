@@ -156,6 +156,17 @@ def test_autocast_leaves_the_penalty_exact(make):
     assert all(parameter.grad.dtype == torch.float32 for parameter in loop.model.parameters())
 
 
+def test_scaled_gradients_are_unscaled_with_the_penalty(make):
+    plain, scaled = Loop(make()), Loop(make())
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    (plain.loss() + plain.mode.penalty()).backward()
+    scaler.scale(scaled.loss() + scaled.mode.penalty()).backward()
+    scaler.unscale_(scaled.optimizer)
+    for mine, yours in zip(plain.optimizer.param_groups, scaled.optimizer.param_groups, strict=True):
+        for one, other in zip(mine["params"], yours["params"], strict=True):
+            torch.testing.assert_close(one.grad, other.grad)
+
+
 @pytest.mark.parametrize("optimizer", list(OPTIMIZERS))
 def test_training_lowers_the_loss_whatever_the_optimiser(make, optimizer):
     loop = Loop(make(), optimizer)
