@@ -130,6 +130,8 @@ class Pruning(Mode):
     def begin_fine_tuning(self, evaluate: Evaluate, error: Evaluate | None = None) -> None:
         """Prune by magnitude as much as is tolerated on held-out data, and fix what is pruned; see `tamade`.
 
+        Where several processes train one model, the evaluation has to return the same in all of them.
+
         Raises
         ------
         SpecError

@@ -14,6 +14,8 @@ from kcomplex.analyses.experiment import Experiment
 from kcomplex.analyses.sweep import expand, read_sweep
 from kcomplex.errors import SpecError
 
+SWEEPS = Path(__file__).parents[2] / "analyses" / "sweeps"
+
 
 def test_every_combination_is_run_the_last_key_fastest() -> None:
     experiments = expand({"experiment": {"epochs": 5}, "sweep": {"mode": ["baseline", "codeq"], "seed": [0, 1]}})
@@ -109,3 +111,11 @@ def test_a_refusal_names_the_file(tmp_path: Path) -> None:
     path.write_text("[sweep]\nseed = 3\n")
     with pytest.raises(SpecError, match=r"sweep\.toml"):
         read_sweep(path)
+
+
+@pytest.mark.parametrize("file", sorted(SWEEPS.glob("*.toml")), ids=lambda file: file.stem)
+def test_the_sweeps_that_are_kept_can_be_run(file: Path) -> None:
+    experiments = read_sweep(file)
+    assert len(experiments) > 5
+    for experiment in experiments:
+        experiment.check()
