@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from kcomplex.compressors.scales import Values, bounded, pack_scales, unpack_scales
+from kcomplex.compressors.scales import Values, bounded, pack_scales, row_count, rows, unpack_scales
 from kcomplex.compressors.uniform import code_dtype, within
 from kcomplex.errors import SpecError
 from kcomplex.estimator import Layout, Quantised, Quantiser, Shape
@@ -29,6 +29,9 @@ class DeadZone(Quantiser):
         Share of each tensor's values that become zero, from 0 to below 1: t is that quantile of the magnitudes. The
         share is met from below; values that equal t are kept. None makes the zero bin as wide as the others
         (``2 t = s``).
+    per_row
+        A threshold and a step for each row of the first axis instead of one a tensor. Tensors with fewer than two axes
+        keep one.
 
     Raises
     ------
@@ -47,6 +50,7 @@ class DeadZone(Quantiser):
 
     bits: int = 4
     zeros: float | None = 0.7
+    per_row: bool = False
     name: ClassVar[str] = "deadzone"
 
     def __post_init__(self) -> None:
@@ -62,38 +66,41 @@ class DeadZone(Quantiser):
 
     def quantise(self, values: NDArray[np.floating[Any]], shared: bytes) -> Quantised:
         """Return codes in the values' shape, and threshold and step; see `Quantiser.quantise`."""
-        flat = values.reshape(-1)
-        magnitudes = np.abs(flat)
-        threshold, step = bins = self._bins(magnitudes)
+        table = rows(values, self.per_row)
+        magnitudes = np.abs(table)
+        bins = self._bins(magnitudes)
+        threshold, step = bins[:, :1], bins[:, 1:]
         # Without a step all values that are kept equal the threshold: the first bin is theirs.
-        numbers = np.floor((magnitudes - threshold) / (step or np.inf)) + 1
-        codes = np.where(magnitudes < threshold, 0, np.sign(flat) * np.clip(numbers, 1, self.top))
+        numbers = np.floor((magnitudes - threshold) / np.where(step == 0, np.inf, step)) + 1
+        codes = np.where(magnitudes < threshold, 0, np.sign(table) * np.clip(numbers, 1, self.top))
         return Quantised(codes.astype(code_dtype(self.bits)).reshape(values.shape), pack_scales(bins))
 
     def layout(self, side: bytes, shape: Shape, dtype: np.dtype[Any], shared: bytes) -> Layout:
         """Return the values' shape and the codes' dtype; see `Quantiser.layout`."""
-        unpack_scales(side, 2, dtype)
+        unpack_scales(side, 2 * row_count(shape, self.per_row), dtype)
         return shape, code_dtype(self.bits)
 
     def reconstruct(
         self, quantised: Quantised, shape: Shape, dtype: np.dtype[Any], shared: bytes
     ) -> NDArray[np.floating[Any]]:
         """Return the middles of the bins; see `Quantiser.reconstruct`."""
-        threshold, step = unpack_scales(quantised.side, 2, dtype)
-        codes = within(quantised.codes, self.top).astype(dtype).reshape(-1)
+        bins = unpack_scales(quantised.side, 2 * row_count(shape, self.per_row), dtype).reshape(-1, 2)
+        threshold, step = bins[:, :1], bins[:, 1:]
+        codes = rows(within(quantised.codes, self.top).astype(dtype), self.per_row)
         with np.errstate(over="ignore"):
             levels: Values = (np.abs(codes) - 0.5) * step + threshold
         values: Values = bounded(levels) * np.sign(codes) + 0.0
         return values.reshape(shape)
 
     def _bins(self, magnitudes: Values) -> Values:
-        """Return threshold and step."""
+        """Return threshold and step of each row."""
         if not magnitudes.size:
-            return np.zeros(2, magnitudes.dtype)
-        largest = magnitudes.max()
+            return np.zeros((len(magnitudes), 2), magnitudes.dtype)
+        largest = magnitudes.max(axis=1)
         if self.zeros is None:
             step = largest / (self.top + 0.5)
-            return np.array([step / 2, step], magnitudes.dtype)
-        rank = min(int(self.zeros * magnitudes.size), magnitudes.size - 1)
-        threshold = np.partition(magnitudes, rank, axis=None)[rank]
-        return np.array([threshold, (largest - threshold) / self.top], magnitudes.dtype)
+            return np.stack([step / 2, step], axis=1).astype(magnitudes.dtype)
+        length = magnitudes.shape[1]
+        rank = min(int(self.zeros * length), length - 1)
+        threshold = np.partition(magnitudes, rank, axis=1)[:, rank]
+        return np.stack([threshold, (largest - threshold) / self.top], axis=1).astype(magnitudes.dtype)

@@ -35,6 +35,7 @@ SPECS = [
     "deadzone:bits=2,zeros=0.9",
     "deadzone:bits=12,zeros=None",
     "deadzone:zeros=0.0",
+    "deadzone:bits=3,zeros=0.5,per_row=True",
     "sign",
     "sign:per_row=True",
     "grid:step=0.25",
@@ -51,6 +52,8 @@ QUANTISERS = [
     DeadZone(bits=2, zeros=0.9),
     DeadZone(bits=12, zeros=None),
     DeadZone(zeros=0.0),
+    DeadZone(zeros=0.6, per_row=True),
+    DeadZone(zeros=None, per_row=True),
     Sign(),
     Sign(per_row=True),
     Grid(step=0.5),
@@ -168,6 +171,12 @@ def test_the_share_of_zeros_is_met():
         assert (back(DeadZone(bits=4, zeros=zeros), values) == 0).mean() == zeros
 
 
+def test_the_share_of_zeros_is_met_in_every_row():
+    scales = np.logspace(-2, 2, 5, dtype=np.float32)[:, None]
+    values = scales * np.random.default_rng(0).standard_normal((5, 200)).astype(np.float32)
+    assert (back(DeadZone(zeros=0.7, per_row=True), values) == 0).mean(axis=1).tolist() == [0.7] * 5
+
+
 def test_a_dead_zone_without_a_share_is_as_wide_as_a_step():
     decoded = back(DeadZone(bits=3, zeros=None), np.linspace(-7, 7, 1401))
     np.testing.assert_allclose(np.unique(decoded), np.arange(-3, 4) * 2.0)
@@ -186,10 +195,11 @@ def test_rows_have_their_own_scales_and_vectors_keep_one():
     table = np.array([[1.0, -0.5], [100.0, 20.0]], np.float32)
     np.testing.assert_allclose(back(Uniform(8, per_row=True), table), table, rtol=0.02)
     assert back(Sign(per_row=True), table).tolist() == [[0.75, -0.75], [60.0, 60.0]]
-    for quantiser in (Uniform(per_row=True), Sign(per_row=True)):
-        assert len(quantiser.quantise(table, b"").side) == 8
-        assert len(quantiser.quantise(table[0], b"").side) == 4
-        assert len(quantiser.quantise(table.astype(np.float64), b"").side) == 16
+    np.testing.assert_allclose(back(DeadZone(8, 0.0, per_row=True), table), table, rtol=0.02)
+    for quantiser, scales in ((Uniform(per_row=True), 1), (Sign(per_row=True), 1), (DeadZone(per_row=True), 2)):
+        assert len(quantiser.quantise(table, b"").side) == 8 * scales
+        assert len(quantiser.quantise(table[0], b"").side) == 4 * scales
+        assert len(quantiser.quantise(table.astype(np.float64), b"").side) == 16 * scales
 
 
 def test_more_bits_leave_less_error():

@@ -63,6 +63,7 @@ SPECS = [
     "uniform:bits=4|plugin_entropy",
     "deadzone|entropy",
     "deadzone:bits=8,zeros=0.9|lzma",
+    "deadzone:per_row=True|entropy",
     "grid:step=0.1|entropy",
     "grid:step=0.1,trellis=False,contexts=False|mix",
     "grid:step=0.1,trellis=False,price=0.0,rounding=0.3|zstd",
