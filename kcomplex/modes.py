@@ -12,7 +12,11 @@ if TYPE_CHECKING:
     from kcomplex.training.codeq import CoDeQ as CoDeQ
     from kcomplex.training.drr import DRR as DRR
     from kcomplex.training.fpp import FPP as FPP
+    from kcomplex.training.gradual_pruning import GradualPruning as GradualPruning
+    from kcomplex.training.hashed_sharing import HashedSharing as HashedSharing
     from kcomplex.training.layerwise import Layerwise as Layerwise
+    from kcomplex.training.lottery_ticket import LotteryTicket as LotteryTicket
+    from kcomplex.training.low_rank import LowRank as LowRank
     from kcomplex.training.momos import MoMos as MoMos
     from kcomplex.training.pmmp import PMMP as PMMP
     from kcomplex.training.relaxed_l1 import RelaxedL1 as RelaxedL1

@@ -57,6 +57,8 @@ def parametrise(
     include: str | Iterable[str],
     exclude: str | Iterable[str],
     make: Callable[[nn.Parameter], Parametrisation],
+    *,
+    reshaping: bool = False,
 ) -> dict[str, Parametrisation]:
     """Return the parametrisations by full parameter name, after registering one on each chosen parameter.
 
@@ -70,6 +72,8 @@ def parametrise(
         Choice of parameters; see `chosen_parameters`.
     make
         Returns the parametrisation of a parameter, on the parameter's device.
+    reshaping
+        Whether latent parameters have other shapes than the weights.
 
     Raises
     ------
@@ -85,7 +89,7 @@ def parametrise(
         parameter = module.get_parameter(name)
         made[full] = make(parameter)
         for sharer, its_name in sharers[id(parameter)]:
-            parametrize.register_parametrization(sharer, its_name, made[full])
+            parametrize.register_parametrization(sharer, its_name, made[full], unsafe=reshaping)
     return made
 
 
