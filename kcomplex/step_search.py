@@ -26,7 +26,7 @@ _OVERSHOOT = 0.1
 _MOST_CHANGE = 2.0
 # What is left to search for the common factor of steps once they are shared out.
 _RESERVE = 8
-_GREEDY_FACTOR = 2**0.25
+_WIDENED = (2**0.25, 2**0.5)
 
 
 class Probe(NamedTuple):
@@ -213,13 +213,17 @@ class LossSearch:
         return sorted(names, key=lambda name: (-rates.get(name, 0.0), name))
 
     def _coarsen(self, names: list[str]) -> None:
-        """Widen one tensor's step after the other, as long as that stays within the limit."""
+        """Widen one tensor's step after the other, and all steps at once, as long as that stays within the limit.
+
+        Loss isn't monotone: a wider step may do where a narrower one doesn't.
+        """
+        moves = [(group, factor) for group in [*((name,) for name in names), names] for factor in _WIDENED]
         again = True
         while again:
             again = False
-            for name in names:
+            for group, factor in moves:
                 assert self._best is not None
-                steps = {**self._best.steps, name: self._best.steps[name] * _GREEDY_FACTOR}
+                steps = {**self._best.steps, **{name: factor * self._best.steps[name] for name in group}}
                 loss = self._loss(steps)
                 if loss is None:
                     return
