@@ -106,8 +106,7 @@ class FloatMix(Coder):
         candidates = PLAINLY
         if self.linear:
             steps = _steps(words, fields)
-            per_scale = 1.0 / (_STEPS * _relative(eighths))
-            candidates = layouts(self.memory, steps, int(np.abs(steps).max()), per_scale)
+            candidates = layouts(self.memory, steps, int(np.abs(steps).max()))
 
         def encode(memory: Memory, mode: int, choices: list[int]) -> list[Part]:
             rows = np.ascontiguousarray(words.T) if mode & TRANSPOSED else words
@@ -203,7 +202,7 @@ def _code(
     def numbers(start: int, stop: int) -> NDArray[np.float64]:
         return _steps(words[start:stop], fields).astype(np.float64)
 
-    code_blocks(coder, memory, shape, choices, code_rows, numbers, 1.0 / (_STEPS * scale))
+    code_blocks(coder, memory, shape, choices, code_rows, numbers)
     memory.keep_scales(shape, columns.scale, scale)
 
 

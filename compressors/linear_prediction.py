@@ -11,6 +11,7 @@ search for the best shrinkage uses LAPACK; its outcome is a part of the stream.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
@@ -19,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import LinAlgError, cholesky, solve_triangular
 
+from kcomplex.blas_threads import one_blas_thread
 from kcomplex.compiled import compiled
 
 Matrix: TypeAlias = NDArray[np.float64]
@@ -56,7 +58,7 @@ NO_FACTORS = Factors(np.zeros((0, 0), np.float32), np.zeros(0, np.float32))
 
 @dataclass
 class Covariance:
-    """Sums of products of a matrix's columns, window by window, in units of the matrices' mean magnitude.
+    """Sums of products of a matrix's columns, window by window, in units of the rows' root mean square.
 
     Attributes
     ----------
@@ -79,11 +81,16 @@ class Covariance:
         share = min(1.0, _MOST_CARRIED_ROWS / self.rows) if self.rows > 0 else 0.0
         return Covariance([sums * share for sums in self.sums], self.rows * share)
 
-    def add(self, rows: Matrix, per_scale: float) -> None:
-        """Count rows in; ``per_scale`` is one over the matrix's mean magnitude."""
-        for sums, (start, stop) in zip(self.sums, windows(rows.shape[1]), strict=True):
-            part = np.ascontiguousarray(rows[:, start:stop])
-            sums += (part.T @ part) * (per_scale * per_scale)
+    def add(self, rows: Matrix) -> None:
+        """Count rows in, in units of their root mean square: matrices of any scale and density weigh the same."""
+        parts = [np.ascontiguousarray(rows[:, start:stop]) for start, stop in windows(rows.shape[1])]
+        products = [part.T @ part for part in parts]
+        # Each product is exact, and so is the sum, whichever order the machine takes.
+        power = math.fsum(entry for product in products for entry in product.diagonal().tolist()) / rows.size
+        if not power:
+            return
+        for sums, product in zip(self.sums, products, strict=True):
+            sums += product / power
         self.rows += len(rows)
 
     def factors(self, choice: int) -> Factors:
@@ -159,14 +166,15 @@ def is_predictable(shape: tuple[int, int], largest: float) -> bool:
     return enough and (16.0 * largest) ** 2 * 256 < _EXACT
 
 
-def plan(rows: Matrix, covariance: Covariance, per_scale: float) -> tuple[list[int], float]:
+def plan(rows: Matrix, covariance: Covariance) -> tuple[list[int], float]:
     """Return the best shrinkage of each block of a matrix and the bits gained; the covariance learns the matrix."""
     choices, gain = [], 0.0
-    for start, stop in blocks(len(rows), covariance.rows > 0):
-        choice, gained = covariance.best_choice(rows[start:stop])
-        choices.append(choice)
-        gain += gained
-        covariance.add(rows[start:stop], per_scale)
+    with one_blas_thread():
+        for start, stop in blocks(len(rows), covariance.rows > 0):
+            choice, gained = covariance.best_choice(rows[start:stop])
+            choices.append(choice)
+            gain += gained
+            covariance.add(rows[start:stop])
     return choices, gain
 
 

@@ -140,7 +140,6 @@ def code_blocks(
     choices: list[int],
     code_rows: CodeRows,
     numbers: Callable[[int, int], Matrix],
-    per_scale: float,
 ) -> None:
     """Code all rows of a matrix, learning its covariance block by block where there are choices of a prediction.
 
@@ -160,12 +159,12 @@ def code_blocks(
             code_rows(first, last, factors, coder.room((last - first) * width))
             coder.advance()
         if covariance is not None:
-            covariance.add(numbers(start, stop), per_scale)
+            covariance.add(numbers(start, stop))
     if covariance is not None:
         memory.covariances[width] = covariance
 
 
-def layouts(memory: Memory, matrix: Integers, largest: int, per_scale: float) -> list[tuple[int, list[int]]]:
+def layouts(memory: Memory, matrix: Integers, largest: int) -> list[tuple[int, list[int]]]:
     """Return the layouts that may be the shortest: bits of a mode, and the choices of the prediction.
 
     What a Gaussian code gains decides where it is clear; other models gain less, and less evenly.
@@ -174,7 +173,7 @@ def layouts(memory: Memory, matrix: Integers, largest: int, per_scale: float) ->
     if is_predictable(matrix.shape, largest):
         for mode, rows in ((LINEAR, matrix), (LINEAR | TRANSPOSED, matrix.T)):
             if is_predictable(rows.shape, largest) and rows.shape[1] <= _MOST_PREDICTED * rows.shape[0]:
-                choices, gain = plan(rows.astype(np.float64), memory.covariance(rows.shape[1]), per_scale)
+                choices, gain = plan(rows.astype(np.float64), memory.covariance(rows.shape[1]))
                 if gain > 4.0 * len(choices):
                     found.append((gain / matrix.size, mode, choices))
     best = max(gain for gain, _, _ in found)

@@ -118,7 +118,7 @@ class LearningMix(Coder):
             return [Part(STRUCTURE, bytes([PLAIN])), Part("payload", to_bytes(symbols))]
         matrix = values.reshape(folded(symbols.shape))
         scale = min(max(eighths_of_octaves(max(float(np.abs(matrix).mean()), 2.0**-8)), -64), 383)
-        candidates = layouts(self.memory, matrix, largest, 1.0 / octave_fraction(scale)) if self.linear else PLAINLY
+        candidates = layouts(self.memory, matrix, largest) if self.linear else PLAINLY
 
         def encode(memory: Memory, mode: int, choices: list[int]) -> list[Part]:
             rows = np.ascontiguousarray(matrix.T) if mode & TRANSPOSED else matrix
@@ -184,7 +184,7 @@ def _code(
     def numbers(start: int, stop: int) -> NDArray[np.float64]:
         return matrix[start:stop].astype(np.float64)
 
-    code_blocks(coder, memory, shape, choices, code_rows, numbers, 1.0 / scale)
+    code_blocks(coder, memory, shape, choices, code_rows, numbers)
     memory.keep_scales(shape, columns.scale, scale)
 
 

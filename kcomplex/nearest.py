@@ -6,15 +6,13 @@ import math
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
-from threading import Lock
 from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.spatial import cKDTree
-from threadpoolctl import ThreadpoolController
 
+from kcomplex.blas_threads import one_blas_thread
 from kcomplex.errors import WeightsError
 
 Rows: TypeAlias = NDArray[np.float64]
@@ -22,10 +20,6 @@ Indices: TypeAlias = NDArray[np.intp]
 
 # Entries of the largest array that a search makes at once; larger ones are slower too, for they leave the cache.
 _CHUNK = 1 << 20
-
-# The number of BLAS threads is the whole process's: of two searches that set it at the same time, the later one would
-# take the other's limit for the original and restore that. A search keeps all cores busy by itself.
-_BLAS_LOCK = Lock()
 
 
 def nearest(rows: Rows, motifs: Rows, real: Indices | None = None, *, workers: int = -1) -> Indices:
@@ -173,17 +167,10 @@ def _search_products(rows: Rows, motifs: Rows, workers: int) -> Indices:
                 break
         found[piece] = _lowest_nearest(rows, motifs, piece.start + which, candidates)
 
-    # Pieces in threads, each product in one: a library's own threads wait for each other at every product, which
-    # makes them many times slower than one thread on a machine that is busy.
-    with _BLAS_LOCK, _blas().limit(limits=1, user_api="blas"), ThreadPoolExecutor(_threads(workers)) as pool:
+    with one_blas_thread(), ThreadPoolExecutor(_threads(workers)) as pool:
         for _ in pool.map(search, _pieces(len(rows), max(motifs.shape))):
             pass
     return found
-
-
-@cache
-def _blas() -> Any:
-    return ThreadpoolController()
 
 
 def _threads(workers: int) -> int:
