@@ -95,7 +95,7 @@ class Mosaic(Quantiser):
         return self.k is None and self.capacity is None
 
     def fit(self, tensors: Iterable[TensorHandle]) -> bytes:
-        """Return the codebooks for float32 and for float64 values.
+        """Return the codebooks for float32 and for float64 values; nothing where both are empty.
 
         Raises
         ------
@@ -115,6 +115,8 @@ class Mosaic(Quantiser):
                 repeated_blocks(group if found else [], size, dtype)
                 for group, dtype in zip(groups, (_SINGLE, _DOUBLE), strict=True)
             ]
+        if not any(map(len, books)):
+            return b""
         return told + b"".join(pack_codebook(sorted_rows(book)) for book in books)
 
     def quantise(self, values: NDArray[np.floating[Any]], shared: bytes) -> Quantised:
@@ -192,6 +194,8 @@ class Mosaic(Quantiser):
 @lru_cache(maxsize=2)
 def _tables(shared: bytes, size: int | None) -> tuple[NDArray[np.floating[Any]], NDArray[np.floating[Any]]]:
     # Every tensor asks for them anew.
+    if not shared:
+        shared, size = varint(0) + varint(0), size or 1
     reader = Reader(shared)
     if size is None:
         size = reader.varint()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import compress
 from typing import Any
 
 import numpy as np
@@ -17,9 +16,10 @@ from kcomplex.weights import TensorHandle, Words, values_of, words_of
 # Block sizes that are tried where none is given, and how many words of all tensors they are tried on.
 LARGEST_FOUND = 64
 _SAMPLED_WORDS = 1 << 22
-# A tensor is tried whole at a size if, of so many blocks of all tensors, this share of its own repeats one.
-_SAMPLED_BLOCKS, _FEWEST_BLOCKS = 1 << 16, 64
-_REPEATING = 1 / 32
+# A tensor is tried whole at a size if, of so many blocks of all tensors, this share of its own repeats one, and if
+# their entropy is at most this share of their words'.
+_SAMPLED_BLOCKS, _FEWEST_BLOCKS = 1 << 14, 64
+_REPEATING, _SHORTER = 1 / 32, 0.9
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,15 @@ def best_block_size(groups: Sequence[Sequence[TensorHandle]]) -> int | None:
     share = min(1.0, _SAMPLED_WORDS / max(total, 1))
     samples = [_samples(group, share) for group in groups]
     best, saved = None, 0.0
+    # Blocks whose parts don't repeat don't repeat: for each size those tensors in which blocks of a divisor do.
+    repeating = {1: samples}
     for size in range(2, LARGEST_FOUND + 1):
-        repeating = [_with_repeats([sample.patterns for sample in group], size) for group in samples]
-        found = sum(_saved(list(compress(*pair)), size) for pair in zip(samples, repeating, strict=True))
+        divisor = next((size // prime for prime in range(2, size) if size % prime == 0), 1)
+        repeating[size], found = [], 0.0
+        for group in repeating[divisor]:
+            repeats, shorter = _promising(group, size)
+            repeating[size].append(repeats)
+            found += _saved(shorter, size)
         if found > saved:
             best, saved = size, found
     return best
@@ -59,32 +65,40 @@ def _samples(group: Sequence[TensorHandle], share: float) -> list[_Sample]:
     """Return the beginnings of tensors, without those in which hardly a word, and so no block, occurs twice."""
     heads = [handle.read().reshape(-1)[: int(handle.elements * share)] for handle in group]
     patterns = [bits_of(values_of(head)) for head in heads]
+    labels, counts = _labelled([block_keys(words[:, None]) for words in patterns])
     return [
-        _Sample(pattern, _word_length(words_of(head)), 8 * head.dtype.itemsize)
-        for head, pattern, repeating in zip(heads, patterns, _with_repeats(patterns, 1), strict=True)
-        if repeating
+        _Sample(words, _word_length(words_of(head)), 8 * head.dtype.itemsize)
+        for head, words, own in zip(heads, patterns, labels, strict=True)
+        if _repeats(words[:, None], counts[own])
     ]
 
 
-def _with_repeats(patterns: Sequence[Words], size: int) -> list[bool]:
-    """Return of each tensor whether many of its blocks occur twice, in itself or in others, zero left aside."""
-    blocks = [_blocks(words, size)[0] for words in patterns]
-    share = min(1.0, _SAMPLED_BLOCKS / max(sum(map(len, blocks)), 1)) if size > 1 else 1.0
+def _promising(group: Sequence[_Sample], size: int) -> tuple[list[_Sample], list[_Sample]]:
+    """Return the tensors whose first blocks repeat, and those of them whose first blocks tell less than their words."""
+    blocks = [_blocks(sample.patterns, size)[0] for sample in group]
+    share = min(1.0, _SAMPLED_BLOCKS / max(sum(map(len, blocks)), 1))
     heads = [rows[: max(int(share * len(rows)), _FEWEST_BLOCKS)] for rows in blocks]
-    if not heads:
-        return []
-    _, labels, counts = _labelled([block_keys(rows) for rows in heads])
-    return [
-        bool((rows.any(axis=1) & (counts[own] > 1)).sum() > _REPEATING * len(rows))
-        for rows, own in zip(heads, labels, strict=True)
-    ]
+    labels, counts = _labelled([block_keys(rows) for rows in heads])
+    costs = np.log2(counts.sum() / counts)
+    repeating, shorter = [], []
+    for sample, rows, own in zip(group, heads, labels, strict=True):
+        if _repeats(rows, counts[own]):
+            repeating.append(sample)
+            if float(costs[own].sum()) <= _SHORTER * sample.length / sample.patterns.size * rows.size:
+                shorter.append(sample)
+    return repeating, shorter
+
+
+def _repeats(rows: Words, uses: NDArray[np.int64]) -> bool:
+    """Return whether many blocks are used several times, zero left aside."""
+    return bool(((uses > 1) & rows.any(axis=1)).sum() > _REPEATING * len(rows))
 
 
 def _saved(group: Sequence[_Sample], size: int) -> float:
     """Return the bits that tensors save as blocks of a size; none where that is longer than their words."""
     if not group:
         return 0.0
-    _, labels, counts = _labelled([block_keys(_blocks(sample.patterns, size)[0]) for sample in group])
+    labels, counts = _labelled([block_keys(_blocks(sample.patterns, size)[0]) for sample in group])
     costs = np.log2(counts.sum() / counts)
     saved = 0.0
     for sample, own in zip(group, labels, strict=True):
@@ -93,13 +107,10 @@ def _saved(group: Sequence[_Sample], size: int) -> float:
     return saved
 
 
-def _labelled(
-    keys: Sequence[NDArray[np.uint64]],
-) -> tuple[NDArray[np.uint64], list[NDArray[np.int32]], NDArray[np.int64]]:
-    """Return all keys, the labels of each tensor's, and how often every label occurs."""
-    together = np.concatenate(keys)
-    labels, counts = label_keys(together)
-    return together, np.split(labels, np.cumsum([part.size for part in keys])[:-1]), counts
+def _labelled(keys: Sequence[NDArray[np.uint64]]) -> tuple[list[NDArray[np.int32]], NDArray[np.int64]]:
+    """Return the labels of each tensor's keys, and how often every label occurs in all of them."""
+    labels, counts = label_keys(np.concatenate([np.zeros(0, np.uint64), *keys]))
+    return np.split(labels, np.cumsum([part.size for part in keys], dtype=np.intp))[:-1], counts
 
 
 def find_blocks(words: Words, table: Words) -> NDArray[np.intp] | None:
@@ -152,11 +163,12 @@ def repeated_blocks(
     handles = [handle for handle in tensors if handle.elements >= block_size]
     if not handles:
         return np.zeros((0, block_size), dtype)
-    keys, labels, counts = _labelled(
-        [block_keys(_blocks(bits_of(handle.values()).reshape(-1), block_size)[0]) for handle in handles]
-    )
+    keys = [block_keys(_blocks(bits_of(handle.values()).reshape(-1), block_size)[0]) for handle in handles]
+    labels, counts = _labelled(keys)
     zero = np.zeros(counts.size, np.bool_)
-    zero[np.concatenate(labels)[keys == block_keys(np.zeros((1, block_size), f"u{dtype.itemsize}"))[0]]] = True
+    zero_key = block_keys(np.zeros((1, block_size), f"u{dtype.itemsize}"))[0]
+    for own, part in zip(labels, keys, strict=True):
+        zero[own[part == zero_key]] = True
     kept = _worthwhile(handles, dict(enumerate(labels)), zero, block_size)
     return _collect([(handles[index], labels[index]) for index in kept], zero, block_size, dtype)
 

@@ -435,7 +435,6 @@ def deflated(data):
 @pytest.mark.parametrize(
     "shared",
     [
-        pytest.param(b"", id="empty"),
         pytest.param(b"\x00", id="one codebook"),
         pytest.param(b"\x00\x00\x00", id="bytes left over"),
         pytest.param(varint(2) + b"\x06" + bytes(31), id="truncated"),
