@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from functools import cache, partial
 from typing import ClassVar, Literal, cast
 
 import torch
@@ -13,18 +14,37 @@ from kcomplex.description import STRUCTURE
 from kcomplex.errors import StreamError
 from kcomplex.estimator import Code, EncodedTensor, Part, Shape
 from kcomplex.pipeline import build_estimator
-from kcomplex.structure import join_lengths, split_lengths
 from kcomplex.weights import TensorHandle, Weights
 
-# The position is the choice in streams: only ever append, and only to the last tier.
-_MOSAIC = "mosaic|entropy"
-_FAST = ("raw", "entropy", "palette|entropy", "planes|entropy", "planes|zstd", _MOSAIC)
-_PORTFOLIOS = {"fast": _FAST, "tight": (*_FAST, "planes|zstd:level=19", "lzma", "palette|lzma", "lin")}
-# Long tensors are tried on their first rows of about so many weights; members that take at most so many times the
-# bytes of the shortest code the whole. One that learns as it goes is worth more than its beginning tells.
-_SAMPLE = 1 << 16
-_CLOSE, _CLOSE_LEARNING = 1.02, 1.1
-_CLOSE_BYTES = 64
+# The position is the choice in streams: only ever append.
+_MEMBERS = (
+    "raw",
+    "entropy",
+    "palette|entropy",
+    "planes|entropy",
+    "planes|zstd",
+    "mosaic|entropy",
+    "planes|zstd:level=19",
+    "lzma",
+    "palette|lzma",
+    "lin",
+    "palette|context",
+    "planes|context",
+)
+_MOSAIC = _MEMBERS.index("mosaic|entropy")
+_FAST = ("raw", "entropy", "palette|context", "planes|entropy", "planes|context", "planes|zstd", "mosaic|entropy")
+_TIERS = {
+    "fast": tuple(map(_MEMBERS.index, _FAST)),
+    "tight": tuple(range(len(_MEMBERS))),
+}
+# What a mosaic must be shorter than, with its motifs.
+_RIVALS = tuple(map(_MEMBERS.index, ("palette|entropy", "planes|zstd", "palette|context")))
+
+# Long tensors are tried on about so many weights, then on more. Members stay in the race while they may end within the
+# given factor of the shortest; one that learns as it goes gets better than its beginning tells.
+_ROUNDS = ((1 << 13, 1.25, 1.5), (1 << 15, 1.01, 1.1), (1 << 17, 1.002, 1.03))
+# A round is worth its time on tensors of at least so many times its weights.
+_WORTH = 4
 
 
 @dataclass(frozen=True)
@@ -34,12 +54,15 @@ class Best(Code):
     Parameters
     ----------
     tier
-        ``fast``: raw, entropy, palette|entropy, planes|entropy, planes|zstd and mosaic|entropy; ``tight``: also
-        planes|zstd:level=19, lzma, palette|lzma and lin.
+        ``fast``: raw, entropy, palette|context, planes|entropy, planes|context, planes|zstd and mosaic|entropy;
+        ``tight``: also palette|entropy, planes|zstd:level=19, lzma, palette|lzma and lin.
 
     Notes
     -----
-    Long tensors are coded whole only by those members that are close to the shortest on the tensor's first rows.
+    Tensors of up to 32768 weights are coded by every member. Longer ones are first tried on 8192 weights from their
+    middle, then on 32768 and 131072, and only members that may still become the shortest go on to the next. A
+    mosaic is tried whole wherever the network has repeated blocks, and left out where its motifs take more than it
+    saves.
     """
 
     tier: Literal["fast", "tight"] = "fast"
@@ -48,7 +71,7 @@ class Best(Code):
     @property
     def sequential(self) -> bool:
         """Whether a member of the portfolio learns from tensor to tensor."""
-        return any(member.sequential for member in self._members())
+        return any(_member(place).sequential for place in _TIERS[self.tier])
 
     @property
     def divisible(self) -> bool:
@@ -57,12 +80,20 @@ class Best(Code):
 
     def fresh(self) -> Code:
         """Return the search of one stream; see `TensorwiseEstimator.fresh`."""
-        return _Search(self, [member.fresh() for member in self._members()])
+        return _Search(self)
 
     def prepare(self, weights: Weights) -> bytes:
-        """Return what members need for all tensors: a mosaic's codebook, where it saves more than it takes."""
-        pieces = self._shared(weights)
-        return join_lengths(map(len, pieces)) + b"".join(pieces)
+        """Return the motifs of a mosaic, where it saves more than they take."""
+        mosaic = _member(_MOSAIC)
+        shared = mosaic.prepare(weights)
+        if not shared:
+            return b""
+        saved = 0
+        for handle in weights.values():
+            length = _length(mosaic, handle, shared)
+            if length < handle.nbytes:
+                saved += max(0, min(_length(_member(rival), handle, b"") for rival in _RIVALS) - length)
+        return shared if saved > len(shared) else b""
 
     def encode_tensor(self, handle: TensorHandle, shared: bytes) -> EncodedTensor:
         """Return one tensor's stream as if it were the first; see `Code.encode_tensor`."""
@@ -72,30 +103,13 @@ class Best(Code):
         """Return the tensor of a stream's first; see `Code.decode_tensor`."""
         return self.fresh().decode_tensor(data, dtype, shape, shared)
 
-    def _members(self) -> list[Code]:
-        return [cast(Code, build_estimator(spec)) for spec in _PORTFOLIOS[self.tier]]
-
-    def _shared(self, weights: Weights) -> list[bytes]:
-        members = self._members()
-        pieces = [member.prepare(weights) for member in members]
-        place = _PORTFOLIOS[self.tier].index(_MOSAIC)
-        mosaic, others = members[place], members[place - 3 : place - 1]
-        saved = 0
-        for handle in weights.values():
-            length = _length(mosaic, handle, pieces[place])
-            if length < handle.nbytes:
-                saved += max(0, min(_length(other, handle, b"") for other in others) - length)
-        if saved <= len(pieces[place]):
-            pieces[place] = b""
-        return pieces
-
 
 @dataclass(frozen=True)
 class _Search(Code):
     """Codes or decodes the tensors of one stream."""
 
     best: Best
-    coders: list[Code]
+    learning: dict[int, Code] = field(default_factory=dict)
     name: ClassVar[str] = "best_search"
 
     @property
@@ -104,48 +118,88 @@ class _Search(Code):
         return self.best.sequential
 
     def encode_tensor(self, handle: TensorHandle, shared: bytes) -> EncodedTensor:
-        """Return the shortest stream with its choice before it."""
-        pieces = split_lengths(shared, len(self.coders) + 1)[:-1]
-        usable = [
-            choice for choice, spec in enumerate(_PORTFOLIOS[self.best.tier]) if spec != _MOSAIC or pieces[choice]
-        ]
+        """Return the shortest stream with its choice before it; nothing of a tensor without weights."""
+        if not handle.elements:
+            return EncodedTensor([])
+        racing = [place for place in _TIERS[self.best.tier] if place != _MOSAIC]
+        members = [*self._race(handle, racing), *([_MOSAIC] if shared else [])]
         found: tuple[int, EncodedTensor, Code] | None = None
-        for choice in self._promising(handle, usable, pieces):
-            coder = self.coders[choice]
-            trial = copy.deepcopy(coder) if coder.sequential else coder
-            encoded = trial.encode_tensor(handle, pieces[choice])
+        for place in members:
+            coder = self._trial(place)
+            encoded = coder.encode_tensor(handle, shared if place == _MOSAIC else b"")
             if found is None or _size(encoded) < _size(found[1]):
-                found = choice, encoded, trial
+                found = place, encoded, coder
         assert found is not None
-        choice, encoded, self.coders[choice] = found
-        return EncodedTensor([Part(STRUCTURE, bytes([choice])), *encoded.parts])
+        place, encoded, coder = found
+        if coder.sequential:
+            self.learning[place] = coder
+        return EncodedTensor([Part(STRUCTURE, bytes([place])), *encoded.parts])
 
     def decode_tensor(self, data: bytes, dtype: torch.dtype, shape: Shape, shared: bytes) -> torch.Tensor:
         """Return the tensor, decoded by the member that coded it."""
-        pieces = split_lengths(shared, len(self.coders) + 1)[:-1]
-        if not data or data[0] >= len(self.coders):
+        if 0 in shape:
+            if data:
+                raise StreamError(f"best: {len(data)} bytes of a tensor without weights")
+            return torch.zeros(shape, dtype=dtype)
+        if not data or data[0] not in _TIERS[self.best.tier]:
             raise StreamError("best: the stream names a member that the portfolio hasn't")
-        return self.coders[data[0]].decode_tensor(data[1:], dtype, shape, pieces[data[0]])
+        place = data[0]
+        return self._coder(place).decode_tensor(data[1:], dtype, shape, shared if place == _MOSAIC else b"")
 
-    def _promising(self, handle: TensorHandle, usable: Sequence[int], pieces: Sequence[bytes]) -> list[int]:
+    def _coder(self, place: int) -> Code:
+        member = _member(place)
+        return self.learning.setdefault(place, member.fresh()) if member.sequential else member
+
+    def _trial(self, place: int) -> Code:
+        """Return a coder that may learn from a tensor without consequences."""
+        member = _member(place)
+        if not member.sequential:
+            return member
+        return copy.deepcopy(self.learning[place]) if place in self.learning else member.fresh()
+
+    def _race(self, handle: TensorHandle, members: list[int]) -> list[int]:
         """Return the members that code the whole tensor."""
-        row = handle.elements // max(handle.shape[0], 1) if handle.shape else 1
-        rows = max(1, _SAMPLE // max(row, 1))
-        if handle.elements <= 2 * _SAMPLE or rows >= handle.shape[0]:
-            return list(usable)
-        beginning = handle.read()[:rows]
-        sample = TensorHandle(handle.name, tuple(beginning.shape), handle.dtype, lambda: beginning)
-        lengths = {}
-        for choice in usable:
-            coder = self.coders[choice]
-            trial = copy.deepcopy(coder) if coder.sequential else coder
-            lengths[choice] = _length(trial, sample, pieces[choice])
-        least = min(lengths.values())
-        return [
-            choice
-            for choice, length in lengths.items()
-            if length <= least * (_CLOSE_LEARNING if self.coders[choice].sequential else _CLOSE) + _CLOSE_BYTES
-        ]
+        earlier: dict[int, int] = {}
+        before = 0
+        for sample, margins in _samples(handle):
+            lengths = {place: _length(self._trial(place), sample, b"") for place in members}
+            # What stands before the weights (tables) doesn't grow with them: the end follows from two lengths.
+            ends = {
+                place: length
+                + (length - earlier.get(place, 0)) / (sample.elements - before) * (handle.elements - sample.elements)
+                for place, length in lengths.items()
+            }
+            least = min(ends.values())
+            members = [place for place in members if ends[place] <= least * margins[_member(place).sequential]]
+            if len(members) == 1:
+                break
+            earlier, before = lengths, sample.elements
+        return members
+
+
+def _samples(handle: TensorHandle) -> Iterator[tuple[TensorHandle, tuple[float, float]]]:
+    """Yield longer and longer pieces from the middle of a long tensor with the margins that members have on them."""
+    if not handle.shape:
+        return
+    row = max(handle.elements // handle.shape[0], 1)
+    before = 0
+    for size, margin, learning in _ROUNDS:
+        rows = max(1, size // row)
+        if rows <= before or handle.elements < _WORTH * rows * row:
+            continue
+        start = (handle.shape[0] - rows) // 2
+        part = handle.read()[start : start + rows]
+        yield replace(handle, shape=tuple(part.shape), load=partial(_itself, part)), (margin, learning)
+        before = rows
+
+
+def _itself(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
+
+
+@cache
+def _member(place: int) -> Code:
+    return cast(Code, build_estimator(_MEMBERS[place]))
 
 
 def _length(code: Code, handle: TensorHandle, shared: bytes) -> int:

@@ -1,0 +1,124 @@
+"""`best` is no longer than any member of its portfolio, pays for its choice, and picks whom it should."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kcomplex.compressors import best as best_module
+from kcomplex.compressors.best import _MEMBERS, _TIERS, Best
+from kcomplex.errors import StreamError
+from kcomplex.measure import describe
+from kcomplex.pipeline import build_estimator
+from kcomplex.stream import decode_checkpoint, encode_checkpoint
+from kcomplex.weights import open_weights, words_of
+
+
+def noise(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def rows_of_scales(*shape: int) -> torch.Tensor:
+    return noise(*shape, seed=9) * torch.logspace(-1, 1, shape[0])[:, None]
+
+
+def motifs(count: int) -> torch.Tensor:
+    return noise(60, 8, seed=8)[torch.randint(60, (count,), generator=torch.Generator().manual_seed(1))].reshape(-1, 40)
+
+
+TENSORS = {
+    "gaussian": noise(60, 50),
+    "quantised": (rows_of_scales(60, 50) * 4).round().clamp(-100, 100) * 0.25,
+    "integers": (rows_of_scales(60, 50) * 4).round().clamp(-100, 100).to(torch.int8),
+    "sparse": noise(60, 50, seed=5) * (noise(60, 50, seed=1) > 1.5),
+    "constant": torch.ones(3000),
+    "half": noise(60, 50, seed=6).half(),
+    "random bytes": torch.randint(0, 256, (3000,), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)),
+    "repeated": noise(30, seed=7).repeat(100),
+    "scalar": torch.tensor(3.25),
+    "nothing": torch.zeros(0, 4),
+}
+
+
+def chosen(tensors: dict[str, torch.Tensor], tier: str = "fast") -> dict[str, str]:
+    """Return the member that each tensor was coded by; every tensor must come back."""
+    code = Best(tier)
+    weights = open_weights(tensors)
+    shared, search = code.prepare(weights), code.fresh()
+    streams = {name: search.encode_tensor(handle, shared).to_bytes() for name, handle in weights.items()}
+    decoder = code.fresh()
+    for name, handle in weights.items():
+        back = decoder.decode_tensor(streams[name], handle.dtype, handle.shape, shared)
+        assert words_of(back).tobytes() == handle.words().tobytes()
+    return {name: _MEMBERS[stream[0]] for name, stream in streams.items() if stream}
+
+
+@pytest.mark.parametrize("tier", ["fast", "tight"])
+@pytest.mark.parametrize("name", TENSORS)
+def test_is_no_longer_than_any_member_and_a_byte(name, tier):
+    weights = open_weights({name: TENSORS[name]})
+    handle = weights[name]
+
+    def length(code):
+        return sum(len(part.data) for part in code.fresh().encode_tensor(handle, b"").parts)
+
+    members = [build_estimator(_MEMBERS[place]) for place in _TIERS[tier] if not _MEMBERS[place].startswith("mosaic")]
+    assert length(Best(tier)) <= min(map(length, members)) + (1 if handle.elements else 0)
+
+
+def test_picks_the_member_that_fits():
+    found = chosen({name: tensor for name, tensor in TENSORS.items() if name != "repeated"})
+    assert found["random bytes"] in ("raw", "entropy")
+    assert found["gaussian"] in ("planes|entropy", "planes|context")
+    assert found["quantised"] == "palette|context"
+    assert chosen({"repeated": TENSORS["repeated"]})["repeated"] in ("planes|zstd", "mosaic|entropy")
+    assert "nothing" not in found
+    assert chosen({"mosaic": motifs(3000), "noise": noise(60, 50)})["mosaic"] == "mosaic|entropy"
+
+
+def test_tight_picks_prediction_and_long_repeats():
+    related = noise(200, 4, seed=2) @ noise(4, 32, seed=3) + 0.05 * noise(200, 32, seed=4)
+    assert chosen({"related": (related * 16).round().to(torch.int8)}, "tight") == {"related": "lin"}
+
+
+def test_long_tensors_are_tried_on_pieces_and_coded_by_few(monkeypatch):
+    tensor = (rows_of_scales(700, 300) * 4).round().clamp(-100, 100) * 0.25
+    coded = []
+    original = best_module._length
+
+    def counting(code, handle, shared):
+        coded.append((code.spec, handle.elements))
+        return original(code, handle, shared)
+
+    monkeypatch.setattr(best_module, "_length", counting)
+    assert chosen({"w": tensor}) == {"w": "palette|context"}
+    assert {elements for _, elements in coded} == {27 * 300, 109 * 300}
+    assert [spec for spec, elements in coded if elements == 109 * 300] != [spec for spec, _ in coded[: len(coded) // 2]]
+    alone = describe({"w": tensor}, "palette|context")[0].bits
+    assert describe({"w": tensor}, "best")[0].bits <= alone + 8 * 8
+
+
+def test_trials_leave_no_trace_in_what_is_learned():
+    """A tensor that `lin` didn't win mustn't have taught it."""
+    tensors = {f"{index} {name}": tensor for index in range(2) for name, tensor in TENSORS.items()}
+    decoded = decode_checkpoint(encode_checkpoint(tensors, "best:tier=tight"))
+    for name, tensor in tensors.items():
+        assert words_of(decoded[name]).tobytes() == words_of(tensor).tobytes()
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.binary(max_size=40), st.sampled_from([(0, 3), (4,), ()]))
+def test_what_is_no_stream_is_refused_or_has_the_shape(data, shape):
+    try:
+        tensor = Best().decode_tensor(data, torch.int16, shape, b"")
+    except StreamError:
+        return
+    assert tensor.shape == shape
+    assert math.prod(shape) == tensor.numel()
+
+
+def test_a_choice_of_another_tier_is_refused():
+    with pytest.raises(StreamError, match="portfolio"):
+        Best("fast").decode_tensor(bytes([_MEMBERS.index("lin"), 0]), torch.int8, (4,), b"")
