@@ -112,9 +112,10 @@ class _Shared(nn.Module):
         self.register_buffer("places", places.to(weights.device), persistent=False)
         self.register_buffer("factors", factors.to(weights.device))
 
-    def forward(self, _: torch.Tensor) -> torch.Tensor:
+    def forward(self, nothing: torch.Tensor) -> torch.Tensor:
         """Return the tensor's weights."""
-        return (self.bank[self.places].to(self.dtype) * self.factors).reshape(self.shape)
+        # The empty sum, zero, keeps the empty parameter in the graph: replicas wait for every parameter's gradient.
+        return (self.bank[self.places].to(self.dtype) * self.factors).reshape(self.shape) + nothing.sum()
 
     def right_inverse(self, weights: torch.Tensor) -> torch.Tensor:
         """Return what stays of the weights that were: nothing."""

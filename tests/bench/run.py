@@ -12,6 +12,7 @@ import coders
 import coding
 import hook
 import motif_assignment
+import training_step
 
 BENCHMARKS = {
     "bdm": bdm.main,
@@ -19,6 +20,7 @@ BENCHMARKS = {
     "coders": coders.main,
     "coding": coding.main,
     "hook": hook.main,
+    "training": training_step.main,
 }
 
 
