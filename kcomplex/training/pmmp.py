@@ -41,6 +41,8 @@ class PMMP(Pruning):
         See `Pruning`.
     u0, p0
         Where u and gamma begin. A weight below ``sqrt(alpha / u0)`` begins by losing its gamma; with ``u0 = 0`` all do.
+        Since u only grows, this threshold decides much of what is pruned in the end: for a threshold t, give
+        ``alpha / t^2``.
     gamma_lr, u_lr
         Learning rates of gamma and u. Gamma has to travel from 1 to 0 while the training lasts: with an adaptive
         optimiser in some ``1 / gamma_lr`` steps, with SGD in ``1 / (gamma_lr * alpha)``.
