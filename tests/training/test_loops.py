@@ -22,6 +22,10 @@ SPECS = [
     "lottery_ticket:rounds=1,epochs=1",
     "low_rank:every=2",
     "hashed_sharing:share=0.3",
+    "pmmp:alpha=0.001",
+    "fpp:alpha=0.001",
+    "drr:alpha=0.001,cleaning=graph",
+    "relaxed_l1:alpha=0.001|uniform_qat:bits=4",
 ]
 RANK = """
 import sys
