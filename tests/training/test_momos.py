@@ -1,6 +1,7 @@
 """MoMos: published projections bit for bit, and what our own mode promises."""
 
 import io
+import re
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +21,16 @@ from kcomplex.training.uniform_qat import quantise_uniformly
 from kcomplex.weights import open_weights
 
 GOLDEN = Path(__file__).resolve().parents[3] / "shared" / "golden"
-OTHER_LAYOUTS = {"momos_repeat8_s2_k20_fz1", "momos_capacity_table", "momos_plus_qat"}
-FILES = sorted(path for path in GOLDEN.glob("momos_*.npz") if path.stem not in OTHER_LAYOUTS)
+
+
+def files_with(key):
+    """Return the golden files of one layout, which has an array of this name."""
+    return [path for path in sorted(GOLDEN.glob("momos_*.npz")) if key in np.load(path).files]
+
+
+FILES = files_with("motif_block_index")
+REPEATED = files_with("perms")
+QUANTISED = files_with("q_bits")
 needs_golden = pytest.mark.skipif(not GOLDEN.exists(), reason="the golden files are absent")
 
 
@@ -120,10 +129,15 @@ def test_reference_mode_draws_and_projects_as_published(path):
     assert momos.report()["motifs_used"] == np.count_nonzero(case["motif_counts"])
 
 
-@needs_golden
-def test_published_bank_collapses_when_projections_repeat():
-    case = np.load(GOLDEN / "momos_repeat8_s2_k20_fz1.npz")
-    tensors = [torch.tensor(case["in_0"]), torch.tensor(case["in_1"])]
+def originals(case):
+    """Return the tensors before the first of repeated projections."""
+    return [case[key] for key in sorted(case.files) if re.fullmatch(r"in_\d+", key)]
+
+
+@pytest.mark.parametrize("path", REPEATED, ids=lambda path: path.stem)
+def test_published_bank_collapses_when_projections_repeat(path):
+    case = np.load(path)
+    tensors = [torch.tensor(array) for array in originals(case)]
     for step, permutation in enumerate(case["perms"]):
         blocks = blocks_of([tensor.numpy() for tensor in tensors], int(case["s"]))
         motifs = draw_motifs(blocks, int(case["k"]), permutation.astype(np.intp), reference=True)
@@ -136,11 +150,11 @@ def test_published_bank_collapses_when_projections_repeat():
         assert result.distortion == pytest.approx(float(case["distortion"][step]), rel=1e-6)
 
 
-@needs_golden
-def test_nothing_changes_when_our_projections_repeat():
-    case = np.load(GOLDEN / "momos_repeat8_s2_k20_fz1.npz")
-    model = Holder([case["in_0"], case["in_1"]])
-    momos = MoMos(block_size=2, motifs=20, include=("p*",))
+@pytest.mark.parametrize("path", REPEATED, ids=lambda path: path.stem)
+def test_nothing_changes_when_our_projections_repeat(path):
+    case = np.load(path)
+    model = Holder(originals(case))
+    momos = MoMos(block_size=int(case["s"]), motifs=int(case["k"]), include=("p*",))
     momos.prepare(model)
     momos.after_epoch()
     assert momos.report()["distortion"] > 0
@@ -148,14 +162,14 @@ def test_nothing_changes_when_our_projections_repeat():
     for _ in range(7):
         momos.after_epoch()
         assert momos.report()["distortion"] == 0
-        assert momos.report()["motifs_used"] == 20
+        assert momos.report()["motifs_used"] == int(case["k"])
         for parameter, tensor in zip(model.parameters(), after, strict=True):
             assert torch.equal(parameter, tensor)
 
 
-@needs_golden
-def test_latent_weights_under_a_quantiser_are_projected_as_published():
-    case = np.load(GOLDEN / "momos_plus_qat.npz")
+@pytest.mark.parametrize("path", QUANTISED, ids=lambda path: path.stem)
+def test_latent_weights_under_a_quantiser_are_projected_as_published(path):
+    case = np.load(path)
     order = [name.replace("parametrizations.weight.original", "weight") for name in case["param_order"]]
     tensors = [torch.tensor(case["in_" + name.replace(".", "_")]) for name in order]
     blocks = blocks_of([tensor.numpy() for tensor in tensors], int(case["s"]))
@@ -172,9 +186,9 @@ def test_latent_weights_under_a_quantiser_are_projected_as_published():
     assert result.changed == int(case["num_changed_weights"])
 
 
-@needs_golden
-def test_reference_mode_projects_latent_weights_as_published(monkeypatch):
-    case = np.load(GOLDEN / "momos_plus_qat.npz")
+@pytest.mark.parametrize("path", QUANTISED, ids=lambda path: path.stem)
+def test_reference_mode_projects_latent_weights_as_published(path, monkeypatch):
+    case = np.load(path)
     monkeypatch.setattr(torch, "randperm", lambda *_, **__: torch.tensor(case["perm"]))
     model = nn.Sequential(nn.Linear(9, 7), nn.LayerNorm(7), nn.Linear(7, 4))
     names = [key.removeprefix("in_") for key in case.files if key.startswith("in_")]
