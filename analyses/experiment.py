@@ -59,6 +59,9 @@ class Experiment:
         Epochs that the stopping rule of `kcomplex.training.schedule` looks at, on the validation images; 0 trains all.
     min_epochs
         Epochs that it leaves alone before the mode prunes.
+    reestimate_batch_norm
+        Estimate the statistics of batch normalisations anew, from the training images, whenever the mode has projected
+        or pruned at the end of an epoch.
     seed
         Of initialisation, shuffling and whatever the mode draws.
     estimators
@@ -92,6 +95,7 @@ class Experiment:
     lr_floor: float = 0.0
     window: int = 0
     min_epochs: int = 0
+    reestimate_batch_norm: bool = False
     seed: int = 0
     estimators: tuple[str, ...] = DEFAULT_ESTIMATORS
     every: int = 1

@@ -17,6 +17,7 @@ from kcomplex.analyses.experiment import Experiment
 from kcomplex.analyses.networks import network
 from kcomplex.errors import RunError
 from kcomplex.files import replacing
+from kcomplex.training.batch_norm import reestimate_batch_norm
 from kcomplex.training.mode import Mode, ParameterGroups, mode
 from kcomplex.training.schedule import Course, Phase, Verdict
 
@@ -82,6 +83,7 @@ class Training:
         """Train for one epoch and return its metrics: accuracies in [0, 1], losses in nats, the mode's own numbers."""
         train_loss = self._pass()
         self.mode.after_epoch()
+        self._reestimate_batch_norm()
         self._follow(self.course.after_epoch(self._objective(), self.mode.settled()))
         validation_loss, validation_accuracy = self.evaluate(self.data.validation)
         return {
@@ -165,8 +167,13 @@ class Training:
         if verdict.prune:
             self.mode.begin_fine_tuning(self._validation_loss, self._validation_error)
             self._take_up_new_groups()
+            self._reestimate_batch_norm()
         if verdict.prune or verdict.finished:
             self._kept = None
+
+    def _reestimate_batch_norm(self) -> None:
+        if self.experiment.reestimate_batch_norm:
+            reestimate_batch_norm(self.model, torch.split(self.data.train.inputs, _EVALUATION_BATCH))
 
     def _take_up_new_groups(self) -> None:
         """Let the optimiser train what the mode has added; it stays the same object, which a tracker has hooks on."""

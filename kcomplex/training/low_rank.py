@@ -42,7 +42,7 @@ class LowRank(Mode):
     energy
         Share of a matrix' squared singular values that a truncation keeps, at least, in (0, 1].
     every
-        Steps from one truncation to the next.
+        Steps from one truncation to the next; the end of an epoch is one too.
     include, exclude
         Patterns on names of parameters or modules, or on types; see `kcomplex.training.mode.chosen_parameters`. By
         default the weights of linear, convolution, embedding and attention layers.
@@ -105,6 +105,10 @@ class LowRank(Mode):
         state.steps += 1
         if state.steps % self.every == 0:
             self._truncate()
+
+    def after_epoch(self) -> None:
+        """Truncate, so that what is validated is what `convert` gives."""
+        self._truncate()
 
     def begin_fine_tuning(self, evaluate: Evaluate, error: Evaluate | None = None) -> None:
         """Truncate, and fix the ranks."""

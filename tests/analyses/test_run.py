@@ -26,7 +26,19 @@ from kcomplex.tracking.frames import load_configurations, load_runs, load_snapsh
 SHORT = Experiment(
     "short", network="mlp:hidden=16", epochs=2, fine_tune_epochs=1, batch_size=200, lr=0.01, estimators=("raw", "zstd")
 )
-MODES = ["baseline", "uniform_qat", "codeq", "momos:capacity=0.2", "pmmp", "drr|codeq"]
+MODES = [
+    "baseline",
+    "uniform_qat",
+    "codeq:target_zeros=0.5",
+    "momos:capacity=0.2",
+    "momos:capacity=0.2,quantiser=codeq,bits=4",
+    "pmmp",
+    "drr|codeq",
+    "gradual_pruning:span=10,every=2",
+    "lottery_ticket:rounds=1,epochs=1",
+    "low_rank:every=4",
+    "hashed_sharing",
+]
 
 
 class Interruption(Exception):
@@ -270,3 +282,20 @@ def test_what_the_store_says_of_the_last_snapshot_holds_for_the_final_weights(tm
         assert last.loc[description.estimator, "bits"] == description.bits
         assert last.loc[description.estimator, "kind"] == "code"
     assert last["accuracy"].notna().all()
+
+
+@pytest.mark.usefixtures("unmeasured")
+@pytest.mark.parametrize(("wanted", "times"), [(False, 0), (True, 4)])
+def test_batch_norm_is_estimated_anew_where_it_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wanted: bool, times: int
+) -> None:
+    calls: list[int] = []
+
+    def remember(model: torch.nn.Module, batches: Any) -> int:
+        calls.append(sum(len(batch) for batch in batches))
+        return 0
+
+    monkeypatch.setattr("kcomplex.analyses.training.reestimate_batch_norm", remember)
+    run(dataclasses.replace(SHORT, mode="momos:capacity=0.2", reestimate_batch_norm=wanted), tmp_path)
+    # After each of three epochs, and after pruning.
+    assert calls == [len(load("digits").train)] * times
