@@ -97,9 +97,12 @@ class MoMos(Mode):
     Lloyd's algorithm; 0 to 4 steps of it after drawing made no clear difference.
 
     `begin_fine_tuning` fixes the mosaic: from then on every step ends with each motif at the mean of its blocks, which
-    trains the motifs and nothing else, with any optimiser. What is drawn depends on the seed and the weights alone:
-    ranks that hold the same weights get the same motifs. A quantiser that was attached to the model before serves like
-    one of this mode's own.
+    trains the motifs and nothing else, with any optimiser. On the same digits, 20 epochs, three seeds, mean accuracy as
+    published / with the defaults / with the last 5 epochs on a fixed mosaic was .886 / .886 / .885 (s = 2, c = .05),
+    .822 / .837 / .847 (4, .05), .723 / .757 / .829 (4, .01) and .623 / .689 / .813 (8, .05).
+
+    What is drawn depends on the seed and the weights alone: ranks that hold the same weights get the same motifs. A
+    quantiser that was attached to the model before serves like one of this mode's own.
     """
 
     block_size: int = 4

@@ -1,5 +1,5 @@
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -8,15 +8,6 @@ from torch import nn
 from kcomplex.errors import SpecError
 from kcomplex.training import layerwise
 from kcomplex.training.layerwise import Layerwise, expected_objective, probabilities
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
 
 FORMS = ["projected", "sigmoid"]
 

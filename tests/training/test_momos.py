@@ -34,14 +34,6 @@ QUANTISED = files_with("q_bits")
 needs_golden = pytest.mark.skipif(not GOLDEN.exists(), reason="the golden files are absent")
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 class Holder(nn.Module):
     """Arrays as parameters, in order."""
 

@@ -30,14 +30,6 @@ CONFIGURATIONS = {
 SIZE = 4
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(params=list(CONFIGURATIONS))
 def options(request):
     return CONFIGURATIONS[request.param]

@@ -1,7 +1,7 @@
 """What the modes that work on single weights have in common: uniform_qat, codeq and the pruning ones."""
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 
 import pytest
@@ -52,14 +52,6 @@ MODES = {
     "layerwise": lambda **options: Layerwise(alpha=1e-3, steps=100, tolerance=0.2, **options),
     "relaxed_l1": lambda **options: RelaxedL1(alpha=2e-3, l2=1e-4, tolerance=0.2, **options),
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(params=list(MODES))
