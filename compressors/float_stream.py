@@ -80,6 +80,13 @@ FORMATS = {
 }
 
 
+def octave_and_powers(layout: FloatFormat, eighths: int) -> tuple[int, NDArray[np.float64]]:
+    """Return `Fields.octave` and `Fields.powers` of a matrix with a scale in eighths of an octave."""
+    octave = -layout.bias - unit(eighths)
+    exponents = np.clip(np.arange((1 << layout.exponent_bits) + 1) + octave, -1000, 1000).astype(np.int32)
+    return octave, np.ldexp(1.0, exponents)
+
+
 def new_float_memory() -> Memory:
     """Return the memory of a stream's first floats."""
     return Memory(new_float_mixer(), new_regression())
@@ -156,10 +163,8 @@ class FloatMix(Coder):
         return eighths_of_octaves(float(counted.mean())) if counted.size else 0
 
     def _fields(self, eighths: int, trailing: int, zeros: int) -> Fields:
-        exponent_bits, mantissa_bits, bias, _ = self.format
-        octave = -bias - _unit(eighths)
-        exponents = np.clip(np.arange((1 << exponent_bits) + 1) + octave, -1000, 1000).astype(np.int32)
-        return Fields(exponent_bits, mantissa_bits, trailing, zeros, octave, np.ldexp(1.0, exponents))
+        octave, powers = octave_and_powers(self.format, eighths)
+        return Fields(self.format.exponent_bits, self.format.mantissa_bits, trailing, zeros, octave, powers)
 
     def _trailing(self, words: Integers) -> int:
         """Return how many lowest bits a flag is worth telling about; 0 for none."""
@@ -188,7 +193,7 @@ def _code(
     coder: RowEncoder | RowDecoder,
     spent: NDArray[np.float64],
 ) -> None:
-    shape, scale = words.shape, _relative(eighths)
+    shape, scale = words.shape, relative(eighths)
     columns = new_float_columns(shape[1], scale, memory.scales(shape, scale))
 
     def code_rows(start: int, stop: int, factors: Factors, room: NDArray[np.uint8]) -> None:
@@ -206,14 +211,14 @@ def _code(
     memory.keep_scales(shape, columns.scale, scale)
 
 
-def _unit(eighths: int) -> int:
+def unit(eighths: int) -> int:
     """Return the whole octaves of a scale: units are powers of two."""
     return (eighths + 4) // 8
 
 
-def _relative(eighths: int) -> float:
+def relative(eighths: int) -> float:
     """Return a scale in units."""
-    return octave_fraction(eighths - 8 * _unit(eighths))
+    return octave_fraction(eighths - 8 * unit(eighths))
 
 
 def _values(words: Integers, fields: Fields) -> NDArray[np.float64]:

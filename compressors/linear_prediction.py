@@ -149,11 +149,16 @@ def windows(width: int) -> list[tuple[int, int]]:
     return [(start, min(start + size, width)) for start in range(0, width, size)]
 
 
-def blocks(rows: int, learned: bool) -> Iterator[tuple[int, int]]:
-    """Yield the blocks of rows after which the prediction is learned anew; the first is short if nothing is known."""
+def blocks(rows: int, learned: bool, eager: bool = False) -> Iterator[tuple[int, int]]:
+    """Yield the blocks of rows after which the prediction is learned anew; the first is short if nothing is known.
+
+    Eagerly, every block is, at the beginning: worth its time where much is to be learned.
+    """
     size = max(16, min(256, rows // 12))
     start = 0
     while start < rows:
+        if eager:
+            size = max(16, min(256, start // 8))
         stop = min(start + (size if start or learned else 16), rows)
         yield start, stop
         start = stop
@@ -166,11 +171,11 @@ def is_predictable(shape: tuple[int, int], largest: float) -> bool:
     return enough and (16.0 * largest) ** 2 * 256 < _EXACT
 
 
-def plan(rows: Matrix, covariance: Covariance) -> tuple[list[int], float]:
+def plan(rows: Matrix, covariance: Covariance, eager: bool = False) -> tuple[list[int], float]:
     """Return the best shrinkage of each block of a matrix and the bits gained; the covariance learns the matrix."""
     choices, gain = [], 0.0
     with one_blas_thread():
-        for start, stop in blocks(len(rows), covariance.rows > 0):
+        for start, stop in blocks(len(rows), covariance.rows > 0, eager):
             choice, gained = covariance.best_choice(rows[start:stop])
             choices.append(choice)
             gain += gained

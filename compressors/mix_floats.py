@@ -14,13 +14,15 @@ from numpy.typing import NDArray
 
 from kcomplex.compiled import compiled
 from kcomplex.compressors.binary_coder import Bytes, CoderState, code_evenly
+from kcomplex.compressors.bins import chance, log_bin, signed_bin
 from kcomplex.compressors.logistic import Tables, mass, natural_log, natural_power, survival
 from kcomplex.compressors.logistic_mixing import Mixer, learning_rate, mixed_bit, new_mixer
 
 # Bits of the mantissa that are modelled.
 MODELLED = 7
 CONTEXTS = 8
-_SCALE_BINS = 96
+# Octave of the lowest bin of scales.
+_LOWEST = -9.0
 _VALUES = 1300
 # Decisions: 0 sign, 1.. exponent by the bits before, 256.. mantissa by the bits before, then two flags.
 _MANTISSA = 256
@@ -114,25 +116,7 @@ def new_float_mixer() -> Mixer:
 
 
 @compiled
-def _scale_bin(log: float, steps: float) -> int:
-    """Return the bin of a natural logarithm at so many steps an octave from the ninth below one."""
-    place = int((log * 1.4426950408889634 + 9.0) * steps)
-    return min(max(place, 0), _SCALE_BINS - 1)
-
-
-@compiled
-def _offset(ratio: float, steps: float) -> int:
-    """Return the bin of a signed ratio, 16 for zero."""
-    return int(min(max(ratio * steps + 16.0, 0.0), 31.0))
-
-
-@compiled
-def _chance(part: float, whole: float) -> float:
-    return part / whole if whole > 1e-25 else 0.5
-
-
-@compiled
-def _worth(pattern: int, fields: Fields) -> float:
+def worth(pattern: int, fields: Fields) -> float:
     """Return the magnitude, in units, of exponent and mantissa bits."""
     exponent = pattern >> fields.mantissa_bits
     if exponent > 1 << fields.exponent_bits:
@@ -209,15 +193,15 @@ def code_float_rows(
             log_scale = min(max(log_scale, -9.2), 8.0)
             s = natural_power(log_scale, tables.exp)
             per_scale = 1.0 / s
-            scale_bin = _scale_bin(log_scale, 8.0)
+            scale_bin = log_bin(log_scale, 8.0, _LOWEST)
             nonzero = 1
             if fields.zeros > 0:
                 near = (1 if left != 0.0 else 0) + (2 if up != 0.0 else 0) + (4 if second != 0.0 else 0)
-                chance = min(max(0.5 * (density[j] + row_density), 0.0005), 0.9995)
-                parametric[0] = chance
+                likely = min(max(0.5 * (density[j] + row_density), 0.0005), 0.9995)
+                parametric[0] = likely
                 parametric[1] = min(max(density[j] * row_density / (columns.running[2] + 1e-4), 0.0005), 0.9995)
-                row_bin = _scale_bin(natural_log(row_density + 1e-3, tables.log), 3.0)
-                column_bin = _scale_bin(natural_log(density[j] + 1e-3, tables.log), 3.0)
+                row_bin = log_bin(natural_log(row_density + 1e-3, tables.log), 3.0, _LOWEST)
+                column_bin = log_bin(natural_log(density[j] + 1e-3, tables.log), 3.0, _LOWEST)
                 slots[0] = 0
                 slots[1] = near
                 slots[2] = row_bin
@@ -225,7 +209,7 @@ def code_float_rows(
                 slots[4] = row_bin * 32 + column_bin
                 slots[5] = near * 32 + column_bin
                 slots[6] = near * 32 + row_bin
-                slots[7] = _scale_bin(natural_log(parametric[1], tables.log), 8.0)
+                slots[7] = log_bin(natural_log(parametric[1], tables.log), 8.0, _LOWEST)
                 nonzero = mixed_bit(
                     decoding, state, data, min(pattern, 1), parametric, _ZERO_FLAG, slots, column_bin, _ZERO_FLAG,
                     _FLAG_SETS + near, rate, _LIMIT, inputs, mixer, tables, spent, _ZERO,
@@ -249,7 +233,7 @@ def code_float_rows(
                     slots[4] = column_bin * 16 + row_bin
                     slots[5] = column_bin * 8 + near
                     slots[6] = row_bin * 8 + near
-                    slots[7] = _offset(mean[j] / (scale[j] + 1e-6), 8.0)
+                    slots[7] = signed_bin(mean[j] / (scale[j] + 1e-6), 8.0)
                     negative = mixed_bit(
                         decoding, state, data, negative, parametric, _ZERO_SIGN, slots, near, _ZERO_SIGN,
                         _FLAG_SETS + 12 + near, rate, _LIMIT, inputs, mixer, tables, spent, _SIGN,
@@ -281,12 +265,12 @@ def code_float_rows(
                     )  # fmt: skip
                     row_trailing += (float(flag) - row_trailing) * 0.1
                     columns.running[3] += (float(flag) - columns.running[3]) * 0.001
-                row_bin = _scale_bin(features[1], 6.0)
-                column_bin = _scale_bin(features[2], 6.0)
-                neighbour_bin = _scale_bin(features[4], 4.0)
-                tilt = _offset(centre * per_scale, 6.0)
-                column_tilt = _offset(mean[j] / (scale[j] + 1e-6), 8.0)
-                row_tilt = _offset(row_mean / (row + 1e-6), 8.0)
+                row_bin = log_bin(features[1], 6.0, _LOWEST)
+                column_bin = log_bin(features[2], 6.0, _LOWEST)
+                neighbour_bin = log_bin(features[4], 4.0, _LOWEST)
+                tilt = signed_bin(centre * per_scale, 6.0)
+                column_tilt = signed_bin(mean[j] / (scale[j] + 1e-6), 8.0)
+                row_tilt = signed_bin(row_mean / (row + 1e-6), 8.0)
                 for which in range(2):
                     parametric[which] = survival(centre * per_scale, tables.laplace if which == 0 else tables.normal)
                 slots[0] = 0
@@ -309,13 +293,13 @@ def code_float_rows(
                 for place in range(fields.exponent_bits + modelled):
                     shift = total - 1 - place
                     base = known << (shift + 1)
-                    low = _worth(base, fields)
-                    middle = _worth(base + (1 << shift), fields)
-                    high = _worth(base + (2 << shift), fields)
+                    low = worth(base, fields)
+                    middle = worth(base + (1 << shift), fields)
+                    high = worth(base + (2 << shift), fields)
                     for which in range(2):
                         table = tables.laplace if which == 0 else tables.normal
                         upper = mass((middle + toward) * per_scale, (high + toward) * per_scale, table)
-                        parametric[which] = _chance(
+                        parametric[which] = chance(
                             upper, mass((low + toward) * per_scale, (high + toward) * per_scale, table)
                         )
                     slots[0] = 0
@@ -361,7 +345,7 @@ def code_float_rows(
                 if decoding:
                     pattern = known << (lower - hidden)
                     rows[i, j] = negative << total | pattern
-                value = min(_worth(pattern, fields), LARGEST)
+                value = min(worth(pattern, fields), LARGEST)
                 if negative:
                     value = -value
                 off = abs(value - centre)

@@ -16,11 +16,11 @@ from numpy.typing import NDArray
 
 from kcomplex.compiled import compiled
 from kcomplex.compressors.binary_coder import Bytes, CoderState, code_bit
+from kcomplex.compressors.bins import chance, log_bin, signed_bin
 from kcomplex.compressors.logistic import Tables, mass, natural_log, natural_power, survival
 from kcomplex.compressors.logistic_mixing import Mixer, learning_rate, mixed_bit, new_mixer
 
 CONTEXTS = 12
-_SCALE_BINS = 96
 _VALUES = 1300
 # Decisions: 0 zero flag, 1 sign, 2.. unary exponent, 16.. bits of the magnitude below the leading one.
 _NODES = 144
@@ -76,24 +76,6 @@ def new_integer_mixer() -> Mixer:
 def new_regression() -> NDArray[np.float64]:
     """Return the coefficients of the expected log magnitude: constant, row, column, last eight, neighbours, ..."""
     return np.array([0.0, 0.3, 0.3, 0.15, 0.1, 0.1, 0.05])
-
-
-@compiled
-def _scale_bin(log: float, steps: float, lowest: float) -> int:
-    """Return the bin of a natural logarithm at so many steps an octave from the lowest octave."""
-    place = int((log * 1.4426950408889634 - lowest) * steps)
-    return min(max(place, 0), _SCALE_BINS - 1)
-
-
-@compiled
-def _offset(ratio: float, steps: float) -> int:
-    """Return the bin of a signed ratio, 16 for zero."""
-    return int(min(max(ratio * steps + 16.0, 0.0), 31.0))
-
-
-@compiled
-def _chance(part: float, whole: float) -> float:
-    return part / whole if whole > 1e-25 else 0.5
 
 
 @compiled
@@ -168,13 +150,13 @@ def code_integer_rows(
             log_scale = min(max(log_scale, -5.8), 40.0)
             s = natural_power(log_scale, tables.exp)
             per_scale = 1.0 / s
-            scale_bin = _scale_bin(log_scale, 8.0, -7.0)
-            row_bin = _scale_bin(features[1], 6.0, -7.0)
-            column_bin = _scale_bin(features[2], 6.0, -7.0)
-            long_bin = _scale_bin(natural_log(last32 + 1e-9, tables.log), 5.0, -7.0)
-            neighbour_bin = _scale_bin(features[4], 4.0, -5.0)
+            scale_bin = log_bin(log_scale, 8.0, -7.0)
+            row_bin = log_bin(features[1], 6.0, -7.0)
+            column_bin = log_bin(features[2], 6.0, -7.0)
+            long_bin = log_bin(natural_log(last32 + 1e-9, tables.log), 5.0, -7.0)
+            neighbour_bin = log_bin(features[4], 4.0, -5.0)
             near_left, near_second, near_up = min(abs(left), 11), min(abs(second), 7), min(abs(up), 11)
-            tilt = _offset(centre / (s + 0.05), 6.0)
+            tilt = signed_bin(centre / (s + 0.05), 6.0)
             stage, node, exponent, below, prefix = 0, 0, 0, 0, 1
             low, high = 0.0, 1e300
             toward = 0.0
@@ -190,13 +172,13 @@ def code_integer_rows(
                     for which in range(2):
                         table = tables.laplace if which == 0 else tables.normal
                         negative = survival((0.5 + centre) * per_scale, table)
-                        parametric[which] = _chance(negative, negative + survival((0.5 - centre) * per_scale, table))
+                        parametric[which] = chance(negative, negative + survival((0.5 - centre) * per_scale, table))
                 elif stage == 2:
                     bit = 1 if exponent < 62 and magnitude >= (2 << exponent) else 0
                     node = _UNARY + min(exponent, 13)
                     for which in range(2):
                         table = tables.laplace if which == 0 else tables.normal
-                        parametric[which] = _chance(
+                        parametric[which] = chance(
                             survival((2.0 * low - 0.5 + toward) * per_scale, table),
                             survival((low - 0.5 + toward) * per_scale, table),
                         )
@@ -206,7 +188,7 @@ def code_integer_rows(
                     middle = (low + high) / 2.0
                     for which in range(2):
                         table = tables.laplace if which == 0 else tables.normal
-                        parametric[which] = _chance(
+                        parametric[which] = chance(
                             mass((middle - 0.5 + toward) * per_scale, (high - 0.5 + toward) * per_scale, table),
                             mass((low - 0.5 + toward) * per_scale, (high - 0.5 + toward) * per_scale, table),
                         )
@@ -219,8 +201,8 @@ def code_integer_rows(
                     u = 1 if up > 0 else (2 if up < 0 else 0)
                     h = higher[j + 2]
                     h = 1 if h > 0 else (2 if h < 0 else 0)
-                    column_tilt = _offset(mean[j] / (scale[j] + 0.02), 8.0)
-                    row_tilt = _offset(row_mean / (row + 0.02), 8.0)
+                    column_tilt = signed_bin(mean[j] / (scale[j] + 0.02), 8.0)
+                    row_tilt = signed_bin(row_mean / (row + 0.02), 8.0)
                     slots[1] = a * 3 + b
                     slots[2] = u * 3 + h
                     slots[3] = column_tilt

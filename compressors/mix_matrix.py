@@ -58,10 +58,17 @@ _EIGHTHS = exponential(np.arange(8.0) * (0.6931471805599453 / 8))
 
 @dataclass
 class Memory:
-    """What tensors of a stream leave to those after them."""
+    """What tensors of a stream leave to those after them.
+
+    Attributes
+    ----------
+    eager
+        Whether the linear prediction is learned in many steps; see `linear_prediction.blocks`.
+    """
 
     mixer: Mixer
     regression: NDArray[np.float64]
+    eager: bool = False
     column_scales: dict[int, NDArray[np.float64]] = field(default_factory=dict)
     covariances: dict[int, Covariance] = field(default_factory=dict)
 
@@ -72,7 +79,9 @@ class Memory:
 
     def copy(self) -> Memory:
         """Return a copy for a trial."""
-        return Memory(copied(self.mixer), self.regression.copy(), dict(self.column_scales), dict(self.covariances))
+        return Memory(
+            copied(self.mixer), self.regression.copy(), self.eager, dict(self.column_scales), dict(self.covariances)
+        )
 
     def become(self, other: Memory) -> None:
         """Take over what another memory, not used any more, has learned."""
@@ -152,7 +161,7 @@ def code_blocks(
     """
     height, width = shape
     covariance = memory.covariance(width) if choices else None
-    spans = blocks(height, covariance.rows > 0) if covariance is not None else iter([(0, height)])
+    spans = blocks(height, covariance.rows > 0, memory.eager) if covariance is not None else iter([(0, height)])
     for index, (start, stop) in enumerate(spans):
         factors = covariance.factors(choices[index]) if covariance is not None else NO_FACTORS
         for first, last in _calls(start, stop, width):
@@ -173,7 +182,7 @@ def layouts(memory: Memory, matrix: Integers, largest: int) -> list[tuple[int, l
     if is_predictable(matrix.shape, largest):
         for mode, rows in ((LINEAR, matrix), (LINEAR | TRANSPOSED, matrix.T)):
             if is_predictable(rows.shape, largest) and rows.shape[1] <= _MOST_PREDICTED * rows.shape[0]:
-                choices, gain = plan(rows.astype(np.float64), memory.covariance(rows.shape[1]))
+                choices, gain = plan(rows.astype(np.float64), memory.covariance(rows.shape[1]), memory.eager)
                 if gain > 4.0 * len(choices):
                     found.append((gain / matrix.size, mode, choices))
     best = max(gain for gain, _, _ in found)
@@ -236,7 +245,7 @@ def read_choices(reader: Reader, memory: Memory, shape: tuple[int, int]) -> list
         There are too few, or one that doesn't exist.
     """
     height, width = shape
-    count = sum(1 for _ in blocks(height, width in memory.covariances))
+    count = sum(1 for _ in blocks(height, width in memory.covariances, memory.eager))
     packed = reader.take((count + 1) // 2)
     choices = [choice for byte in packed for choice in (byte & 15, byte >> 4)][:count]
     if max(choices, default=0) > NO_PREDICTION:

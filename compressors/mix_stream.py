@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -13,7 +14,8 @@ from numpy.typing import NDArray
 
 from kcomplex.compressors.binary_coder import as_bytes, finish_decoding
 from kcomplex.compressors.centring import centre
-from kcomplex.compressors.float_stream import FORMATS, FloatMix, new_float_memory
+from kcomplex.compressors.difference_stream import DifferenceMix, GivenNumbers, new_difference_memory, ordinary
+from kcomplex.compressors.float_stream import FORMATS, FloatFormat, FloatMix, new_float_memory
 from kcomplex.compressors.linear_prediction import Factors
 from kcomplex.compressors.logistic import tables
 from kcomplex.compressors.mix_integers import FIELDS, code_integer_rows, new_columns, new_integer_mixer, new_regression
@@ -43,12 +45,17 @@ from kcomplex.compressors.palette import Palette
 from kcomplex.compressors.words import from_bytes, to_bytes
 from kcomplex.description import STRUCTURE
 from kcomplex.errors import StreamError
-from kcomplex.estimator import Coder, EncodedTensor, Part, Shape, Symbols
+from kcomplex.estimator import Coder, EncodedTensor, Part, Shape, Symbols, symbol_dtype, word_shape
+from kcomplex.given import ordered_words
 from kcomplex.structure import Reader, varint
-from kcomplex.weights import TensorHandle, tensor_from_words, word_dtype, words_of
+from kcomplex.weights import TensorHandle, tensor_from_words, values_of, word_dtype, words_of
 
 # Integers are modelled up to this magnitude.
 _LARGEST = 1 << 48
+# What the first byte of a tensor given another says.
+_ALONE, _AS_NUMBERS, _AS_PALETTE = 0, 1, 2
+# Squared correlations with what is given below and above which a tensor is coded alone, or given it, without a trial.
+_UNLIKE, _ALIKE = 0.005, 0.15
 # Floats with so few values, each often enough, are a table and integers.
 _MOST_VALUES = 4096
 _FEWEST_USES = 16
@@ -102,6 +109,131 @@ class LearningMix(Coder):
         ((_, indices),) = Palette().layout(side, shape, word)
         symbols = self.decode_words(reader.rest(), shape, indices)
         return tensor_from_words(Palette().join(side, [symbols], shape, word), dtype, shape)
+
+    @cached_property
+    def differences(self) -> Memory:
+        """What tensors given others leave to each other."""
+        return new_difference_memory()
+
+    def takes_given(self) -> bool:
+        """Return True; see `RelativeCode`."""
+        return True
+
+    def encode_given(self, handle: TensorHandle, known: torch.Tensor, shared: bytes) -> EncodedTensor:
+        """Return the stream of a tensor given another, or alone; see `RelativeCode.encode_given`."""
+        tensor = handle.read()
+        return EncodedTensor(
+            self._shorter(
+                _likeness(tensor, known),
+                lambda coder: coder.encode_tensor(handle, shared).parts,
+                lambda coder: coder._differences(tensor, known),
+            )
+        )
+
+    def decode_given(
+        self, data: bytes, dtype: torch.dtype, shape: Shape, known: torch.Tensor, shared: bytes
+    ) -> torch.Tensor:
+        """Return the tensor; see `RelativeCode.decode_given`."""
+        reader, word = Reader(data), word_dtype(dtype)
+        form = reader.take(1)[0]
+        if form == _ALONE:
+            return self.decode_tensor(reader.rest(), dtype, shape, shared)
+        if form == _AS_PALETTE and dtype in FORMATS:
+            side = reader.take(reader.varint())
+            palette = _SortedPalette.of(side, shape, word)
+            given = GivenNumbers(values_of(known).reshape(-1), palette.numbers(dtype))
+            indices = self._difference(None, given).decode_words(reader.rest(), shape, palette.indices)
+            return tensor_from_words(palette.words[indices], dtype, shape)
+        if form != _AS_NUMBERS:
+            raise StreamError(f"mix: a tensor given another can't begin with {form}")
+        coder = self._difference(FORMATS.get(dtype), _given_numbers(dtype, known))
+        symbol, whole = symbol_dtype(dtype), word_shape(dtype, shape)
+        words = coder.decode_words(reader.rest(), whole, word if dtype in FORMATS else symbol).view(word)
+        return tensor_from_words(words if dtype in FORMATS else ordered_words(words, dtype), dtype, shape)
+
+    def encode_words_given(self, words: Symbols, shape: Shape, known: torch.Tensor) -> list[Part]:
+        """Return the parts of integers given numbers, or alone; see `RelativeCoder.encode_words_given`."""
+        given = values_of(known).reshape(-1)
+        return self._shorter(
+            0.0 if known.is_complex() else _correlation(words.reshape(-1), given),
+            lambda coder: coder.encode_words(words, shape),
+            lambda coder: coder._integer_differences(words, shape, GivenNumbers(given)),
+        )
+
+    def decode_words_given(self, data: bytes, shape: Shape, dtype: np.dtype[Any], known: torch.Tensor) -> Symbols:
+        """Return the integers; see `RelativeCoder.decode_words_given`."""
+        reader = Reader(data)
+        form = reader.take(1)[0]
+        if form == _ALONE:
+            return self.decode_words(reader.rest(), shape, dtype)
+        if form != _AS_NUMBERS:
+            raise StreamError(f"mix: integers given numbers can't begin with {form}")
+        return self._difference(None, GivenNumbers(values_of(known).reshape(-1))).decode_words(
+            reader.rest(), shape, dtype
+        )
+
+    def _difference(self, layout: FloatFormat | None, given: GivenNumbers) -> DifferenceMix:
+        return DifferenceMix(layout, self.linear, self.differences, given)
+
+    def _shorter(
+        self,
+        likeness: float,
+        alone: Callable[[LearningMix], list[Part]],
+        differences: Callable[[LearningMix], list[Part] | None],
+    ) -> list[Part]:
+        """Return the shorter of two encodings, or the one that is so as a matter of course; learn from that alone."""
+        if likeness >= _ALIKE:
+            only = differences(self)
+            if only is not None:
+                return only
+        if not _UNLIKE < likeness < _ALIKE:
+            return [Part(STRUCTURE, bytes([_ALONE])), *alone(self)]
+        one, other = self._copy(), self._copy()
+        trials = [([Part(STRUCTURE, bytes([_ALONE])), *alone(one)], one)]
+        parts = differences(other)
+        if parts is not None:
+            trials.append((parts, other))
+        parts, trial = min(trials, key=lambda pair: sum(len(part.data) for part in pair[0]))
+        for own, learned in zip(self._memories(), trial._memories(), strict=True):
+            own.become(learned)
+        return parts
+
+    def _copy(self) -> LearningMix:
+        copy = LearningMix(self.linear)
+        for own, learned in zip(copy._memories(), self._memories(), strict=True):
+            own.become(learned.copy())
+        return copy
+
+    def _memories(self) -> tuple[Memory, Memory, Memory]:
+        return self.memory, self.floats, self.differences
+
+    def _differences(self, tensor: torch.Tensor, known: torch.Tensor) -> list[Part] | None:
+        """Return the parts of a tensor's differences from another; None where there are no such differences."""
+        dtype, shape, words = tensor.dtype, tuple(tensor.shape), words_of(tensor)
+        if known.is_complex() != tensor.is_complex():
+            return None
+        if dtype not in FORMATS:
+            if not _is_integer(dtype) and known.dtype != dtype:
+                return None
+            symbols = ordered_words(words, dtype).view(symbol_dtype(dtype))
+            return self._integer_differences(symbols, word_shape(dtype, shape), _given_numbers(dtype, known))
+        if dtype is torch.float64 and ((words << np.uint64(1)) >> np.uint64(63)).any():
+            return None
+        side, (indices,) = Palette().split(words)
+        if indices is not words and _is_few_valued(indices, words.itemsize):
+            palette = _SortedPalette.of(side, shape, words.dtype)
+            numbers = palette.numbers(dtype)
+            if np.isfinite(numbers).all():
+                coder = self._difference(None, GivenNumbers(values_of(known).reshape(-1), numbers))
+                structure = [Part(STRUCTURE, bytes([_AS_PALETTE]) + varint(len(side))), Part("tables", side)]
+                return [*structure, *coder.encode_words(palette.ranks[indices], shape)]
+        coder = self._difference(FORMATS[dtype], _given_numbers(dtype, known))
+        return [Part(STRUCTURE, bytes([_AS_NUMBERS])), *coder.encode_words(words, shape)]
+
+    def _integer_differences(self, symbols: Symbols, shape: Shape, given: GivenNumbers) -> list[Part] | None:
+        if not symbols.size or max(abs(int(symbols.max())), abs(int(symbols.min()))) >= _LARGEST:
+            return None
+        return [Part(STRUCTURE, bytes([_AS_NUMBERS])), *self._difference(None, given).encode_words(symbols, shape)]
 
     def encode(self, symbols: Symbols) -> bytes:
         """Return the stream; see `Coder.encode`."""
@@ -186,6 +318,57 @@ def _code(
 
     code_blocks(coder, memory, shape, choices, code_rows, numbers)
     memory.keep_scales(shape, columns.scale, scale)
+
+
+class _SortedPalette(NamedTuple):
+    """A palette's words in the order of their numbers; their indices' dtype, and what each former index becomes."""
+
+    words: Symbols
+    indices: np.dtype[Any]
+    ranks: Symbols
+
+    @classmethod
+    def of(cls, side: bytes, shape: Shape, dtype: np.dtype[Any]) -> _SortedPalette:
+        words = Palette().table(side, shape, dtype)
+        if words is None:
+            raise StreamError("mix: the stream lacks the table of its indices")
+        ((_, indices),) = Palette().layout(side, shape, dtype)
+        signed = ordered_words(words, torch.float32).view(f"i{dtype.itemsize}")
+        order = np.argsort(signed, kind="stable")
+        ranks = np.empty(words.size, indices)
+        ranks[order] = np.arange(words.size)
+        return cls(words[order], indices, ranks)
+
+    def numbers(self, dtype: torch.dtype) -> NDArray[np.float64]:
+        return values_of(tensor_from_words(self.words, dtype, (self.words.size,))).astype(np.float64)
+
+
+def _is_integer(dtype: torch.dtype) -> bool:
+    return not (dtype.is_floating_point or dtype.is_complex or dtype is torch.bool)
+
+
+def _given_numbers(dtype: torch.dtype, known: torch.Tensor) -> GivenNumbers:
+    """Return what is given for a tensor of a dtype: numbers, or places in order for those that have none here."""
+    if dtype in FORMATS or _is_integer(dtype):
+        return GivenNumbers(values_of(known).reshape(-1))
+    return GivenNumbers(ordered_words(words_of(known), dtype).astype(np.float64))
+
+
+def _likeness(tensor: torch.Tensor, known: torch.Tensor) -> float:
+    if tensor.is_complex() or known.is_complex():
+        return _ALIKE if tensor.dtype == known.dtype else 0.0
+    return _correlation(values_of(tensor).reshape(-1), values_of(known).reshape(-1))
+
+
+def _correlation(one: NDArray[np.number[Any]], other: NDArray[np.number[Any]]) -> float:
+    """Return the square of the correlation of two vectors around zero, but for outliers."""
+    # Signalling NaN warns when it is widened.
+    with np.errstate(invalid="ignore"):
+        first, second = one.astype(np.float64), other.astype(np.float64)
+    used = ordinary(first) & ordinary(second)
+    first, second = first[used], second[used]
+    powers = float(first @ first) * float(second @ second)
+    return float(first @ second) ** 2 / powers if math.isfinite(powers) and powers > 0 else 0.0
 
 
 def _is_few_valued(indices: Symbols, word_bytes: int) -> bool:

@@ -46,6 +46,16 @@ class Palette(Transform):
             indices = rank.astype(indices.dtype)[indices]
         return flag + encode_alphabet(words), [indices.reshape(symbols.shape)]
 
+    def table(self, side: bytes, shape: Shape, dtype: np.dtype[Any]) -> Symbols | None:
+        """Return the words that indices stand for; None where the symbols passed through.
+
+        Raises
+        ------
+        StreamError
+            The side information is corrupted.
+        """
+        return _table(side, shape, dtype)
+
     def layout(self, side: bytes, shape: Shape, dtype: np.dtype[Any]) -> list[Layout]:
         """Return shape and dtype of the indices, or of the symbols; see `Transform.layout`."""
         words = _table(side, shape, dtype)

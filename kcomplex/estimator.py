@@ -269,12 +269,12 @@ class Coder(Code):
 
     def encode_tensor(self, handle: TensorHandle, shared: bytes) -> EncodedTensor:
         """Return the stream of the tensor's words, signed where the tensor is; long tensors are coded in chunks."""
-        words = words_of(handle.read()).view(_symbol_dtype(handle.dtype))
-        return EncodedTensor(self.encode_words(words, _word_shape(handle.dtype, handle.shape)))
+        words = words_of(handle.read()).view(symbol_dtype(handle.dtype))
+        return EncodedTensor(self.encode_words(words, word_shape(handle.dtype, handle.shape)))
 
     def decode_tensor(self, data: bytes, dtype: torch.dtype, shape: Shape, shared: bytes) -> torch.Tensor:
         """Return the tensor, bit for bit."""
-        words = self.decode_words(data, _word_shape(dtype, shape), _symbol_dtype(dtype))
+        words = self.decode_words(data, word_shape(dtype, shape), symbol_dtype(dtype))
         return tensor_from_words(words.view(word_dtype(dtype)), dtype, shape)
 
     def encode_words(self, words: Symbols, shape: Shape) -> list[Part]:
@@ -304,8 +304,8 @@ class CodeLength(TensorwiseEstimator):
 
     def tensor_length(self, handle: TensorHandle, shared: bytes) -> TensorLength:
         """Return the length of the tensor's words."""
-        words = words_of(handle.read()).view(_symbol_dtype(handle.dtype))
-        return TensorLength({"payload": self.length(words.reshape(_word_shape(handle.dtype, handle.shape)))})
+        words = words_of(handle.read()).view(symbol_dtype(handle.dtype))
+        return TensorLength({"payload": self.length(words.reshape(word_shape(handle.dtype, handle.shape)))})
 
 
 class Transform(ABC):
@@ -509,12 +509,13 @@ def _chunks(shape: Shape) -> Iterator[tuple[int, int, Shape]]:
         yield start, stop, ((stop - start) // unit, *rest)
 
 
-def _symbol_dtype(dtype: torch.dtype) -> np.dtype[np.integer[Any]]:
+def symbol_dtype(dtype: torch.dtype) -> np.dtype[np.integer[Any]]:
     """Return the NumPy dtype in which coders see a tensor's words: signed for signed integers, else unsigned."""
     words = word_dtype(dtype)
     signed = dtype in (torch.int8, torch.int16, torch.int32, torch.int64)
     return np.dtype(f"i{words.itemsize}") if signed else words
 
 
-def _word_shape(dtype: torch.dtype, shape: Shape) -> Shape:
+def word_shape(dtype: torch.dtype, shape: Shape) -> Shape:
+    """Return the shape in which coders see a tensor's words: with a last axis of length 2 for complex numbers."""
     return shape if words_an_element(dtype) == 1 else (*shape, words_an_element(dtype))

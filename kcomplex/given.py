@@ -19,7 +19,7 @@ import torch
 
 from kcomplex.description import STRUCTURE, Kind
 from kcomplex.errors import SpecError, StreamError
-from kcomplex.estimator import Code, Coder, EncodedTensor, Estimator, Part, Shape, Symbols
+from kcomplex.estimator import Code, Coder, EncodedTensor, Estimator, Part, Shape, Symbols, word_shape
 from kcomplex.structure import TensorEntry
 from kcomplex.weights import (
     Source,
@@ -28,7 +28,6 @@ from kcomplex.weights import (
     dtype_name,
     open_weights,
     tensor_from_words,
-    words_an_element,
     words_of,
 )
 
@@ -204,7 +203,10 @@ class Given:
 
 @runtime_checkable
 class RelativeCode(Protocol):
-    """A code with a use of its own for given weights: `Coder` without these two codes differences of words."""
+    """A code with a use of its own for given weights; of any other `Coder`, differences of words are coded."""
+
+    def takes_given(self) -> bool:
+        """Return whether it has, configured as it is."""
 
     def encode_given(self, handle: TensorHandle, known: torch.Tensor, shared: bytes) -> EncodedTensor:
         """Return the stream of a tensor, never empty; ``known`` has its shape, and any dtype."""
@@ -213,6 +215,54 @@ class RelativeCode(Protocol):
         self, data: bytes, dtype: torch.dtype, shape: Shape, known: torch.Tensor, shared: bytes
     ) -> torch.Tensor:
         """Return the tensor of a stream that `encode_given` made."""
+
+
+@runtime_checkable
+class RelativeCoder(RelativeCode, Protocol):
+    """A relative code that is a coder: it takes integers that a quantiser made, too."""
+
+    def encode_words_given(self, words: Symbols, shape: Shape, known: torch.Tensor) -> list[Part]:
+        """Return the parts of flat integers given the numbers that might have been quantised; as many of them."""
+
+    def decode_words_given(self, data: bytes, shape: Shape, dtype: np.dtype[Any], known: torch.Tensor) -> Symbols:
+        """Return the integers of `encode_words_given` in their shape."""
+
+
+@dataclass(frozen=True)
+class BoundCoder(Coder):
+    """The coder of one tensor given another, to stand behind a quantiser."""
+
+    coder: Coder
+    known: torch.Tensor
+    name: ClassVar[str] = "bound"
+
+    def encode(self, symbols: Symbols) -> bytes:
+        """Return the stream; see `Coder.encode`."""
+        return b"".join(part.data for part in self.encode_words(symbols.reshape(-1), symbols.shape))
+
+    def decode(self, data: bytes, shape: Shape, dtype: np.dtype[Any]) -> Symbols:
+        """Return the integers; see `Coder.decode`."""
+        return self.decode_words(data, shape, dtype)
+
+    def encode_tensor(self, handle: TensorHandle, shared: bytes) -> EncodedTensor:
+        """Return the stream of a tensor that isn't quantised."""
+        return cast(RelativeCoder, self.coder).encode_given(handle, self.known, shared)
+
+    def decode_tensor(self, data: bytes, dtype: torch.dtype, shape: Shape, shared: bytes) -> torch.Tensor:
+        """Return the tensor of such a stream."""
+        return cast(RelativeCoder, self.coder).decode_given(data, dtype, shape, self.known, shared)
+
+    def encode_words(self, words: Symbols, shape: Shape) -> list[Part]:
+        """Return the parts of integers; where they have another shape than what is given, of them alone."""
+        if shape != tuple(self.known.shape):
+            return self.coder.encode_words(words, shape)
+        return cast(RelativeCoder, self.coder).encode_words_given(words, shape, self.known)
+
+    def decode_words(self, data: bytes, shape: Shape, dtype: np.dtype[Any]) -> Symbols:
+        """Return the integers of `encode_words`."""
+        if shape != tuple(self.known.shape):
+            return self.coder.decode_words(data, shape, dtype)
+        return cast(RelativeCoder, self.coder).decode_words_given(data, shape, dtype, self.known)
 
 
 @dataclass(frozen=True)
@@ -233,7 +283,8 @@ class GivenCode(Code):
     name: ClassVar[str] = "given"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.code, (Coder, RelativeCode)):
+        usable = self.code.takes_given() if isinstance(self.code, RelativeCode) else isinstance(self.code, Coder)
+        if not usable:
             raise SpecError(f"{self.code.spec!r} has no use for given weights: take lin, mix, or a coder such as zstd")
 
     @property
@@ -319,8 +370,10 @@ def _encode_difference(coder: Coder, handle: TensorHandle, known: torch.Tensor) 
     """Return words as they are, or their differences from the given ones, whichever is shorter."""
     encoded = []
     if known.dtype == handle.dtype:
-        steps = _zigzag(_ordered(words_of(handle.read()), handle.dtype) - _ordered(words_of(known), handle.dtype))
-        parts = coder.encode_words(steps, _word_shape(handle.dtype, handle.shape))
+        steps = _zigzag(
+            ordered_words(words_of(handle.read()), handle.dtype) - ordered_words(words_of(known), handle.dtype)
+        )
+        parts = coder.encode_words(steps, word_shape(handle.dtype, handle.shape))
         encoded.append(EncodedTensor([Part(STRUCTURE, bytes([_DIFFERENCE])), *parts]))
     # What learns from tensor to tensor learns from one of both.
     if not (encoded and coder.sequential):
@@ -335,13 +388,13 @@ def _decode_difference(coder: Coder, data: bytes, entry: TensorEntry, known: tor
     if data[0] != _DIFFERENCE or known.dtype != entry.dtype:
         raise StreamError(f"a relative tensor of {dtype_name(entry.dtype)} can't begin with {data[0]}")
     base = words_of(known)
-    steps = coder.decode_words(data[1:], _word_shape(entry.dtype, entry.shape), base.dtype).reshape(-1)
-    words = _ordered(_unzigzag(steps) + _ordered(base, entry.dtype), entry.dtype)
+    steps = coder.decode_words(data[1:], word_shape(entry.dtype, entry.shape), base.dtype).reshape(-1)
+    words = ordered_words(_unzigzag(steps) + ordered_words(base, entry.dtype), entry.dtype)
     return tensor_from_words(words, entry.dtype, entry.shape)
 
 
-def _ordered(words: Symbols, dtype: torch.dtype) -> Symbols:
-    """Return words so that neighbours in value are neighbours; applied twice, the words themselves.
+def ordered_words(words: Symbols, dtype: torch.dtype) -> Symbols:
+    """Return words so that neighbours in value are neighbours; applied twice, it gives the words themselves.
 
     The words of floats are sign and magnitude: those of negative numbers run the other way.
     """
@@ -367,10 +420,6 @@ def _unzigzag(folded: Symbols) -> Symbols:
     halved = folded >> one
     differences: Symbols = np.where(folded & one, ~halved, halved)
     return differences
-
-
-def _word_shape(dtype: torch.dtype, shape: Shape) -> Shape:
-    return shape if words_an_element(dtype) == 1 else (*shape, words_an_element(dtype))
 
 
 def _literal(text: str) -> Any:

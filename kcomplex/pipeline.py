@@ -28,7 +28,7 @@ from kcomplex.estimator import (
     TensorwiseEstimator,
     Transform,
 )
-from kcomplex.given import STAGE, Given, GivenCode, GivenSource, relative
+from kcomplex.given import STAGE, BoundCoder, Given, GivenCode, GivenSource, RelativeCoder, relative
 from kcomplex.spec import build, full_spec_of, spec_of, split_stages
 from kcomplex.structure import Reader, join_lengths, split_lengths, varint
 from kcomplex.weights import TensorHandle, Weights, dtype_name, values_of, words_of
@@ -240,6 +240,20 @@ class QuantisedCode(_TwoStages, Code):
             *self.coder.encode_words(codes.reshape(-1), codes.shape),
         ]
         return EncodedTensor(parts, tensor.squared_error, tensor.exact)
+
+    def takes_given(self) -> bool:
+        """Return whether the coder has a use for given weights."""
+        return isinstance(self.coder.fresh(), RelativeCoder)
+
+    def encode_given(self, handle: TensorHandle, known: torch.Tensor, shared: bytes) -> EncodedTensor:
+        """Return the stream of codes given weights that aren't quantised; see `RelativeCode.encode_given`."""
+        return replace(self, coder=BoundCoder(self.coder, known)).encode_tensor(handle, shared)
+
+    def decode_given(
+        self, data: bytes, dtype: torch.dtype, shape: Shape, known: torch.Tensor, shared: bytes
+    ) -> torch.Tensor:
+        """Return the quantised tensor; see `RelativeCode.decode_given`."""
+        return replace(self, coder=BoundCoder(self.coder, known)).decode_tensor(data, dtype, shape, shared)
 
     def decode_tensor(self, data: bytes, dtype: torch.dtype, shape: Shape, shared: bytes) -> torch.Tensor:
         """Return the quantised tensor, the same on every machine; see `Code.decode_tensor`."""

@@ -16,7 +16,7 @@ from torch import nn
 import kcomplex as kc
 from kcomplex.container import Container, decode_file, encode_file, verify_file
 from kcomplex.errors import KComplexError, SpecError, StreamError, VerificationError
-from kcomplex.given import Given, _ordered, _unzigzag, _zigzag
+from kcomplex.given import Given, _unzigzag, _zigzag, ordered_words
 from kcomplex.stream import verify
 from kcomplex.weights import DTYPES, tensor_from_words, word_dtype, words_an_element, words_of
 
@@ -107,10 +107,10 @@ def test_any_bits_come_back_given_any_others(data: st.DataObject) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.int16])
 def test_neighbours_in_value_are_neighbours_in_order(dtype: torch.dtype) -> None:
     words = words_of(torch.tensor([-2.0, -1.0, -0.0, 0.0, 1.0, 2.0]).to(dtype))
-    ordered = _ordered(words, dtype)
+    ordered = ordered_words(words, dtype)
     steps = (ordered[1:] - ordered[:-1]).view(f"i{ordered.itemsize}")
     assert (steps >= 0).all()
-    assert np.array_equal(_ordered(ordered, dtype), words)
+    assert np.array_equal(ordered_words(ordered, dtype), words)
 
 
 @given(st.lists(st.integers(0, 255)))
