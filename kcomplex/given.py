@@ -34,6 +34,8 @@ from kcomplex.weights import (
 GivenSource: TypeAlias = "Source | Given"
 
 STAGE = "given:"
+# In the estimators of a tracked run, the checkpoint of this name is the run's first snapshot.
+INITIAL = "initial"
 _RECIPE, _DIGEST = "seed:", "digest:"
 _DIGEST_BYTES = 8
 # What the first byte of a tensor's stream says, where a coder has no use for the given weights of its own.

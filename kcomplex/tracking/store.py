@@ -193,6 +193,11 @@ class RunStore:
         """Return id and file of the snapshots that wait for being measured, oldest first."""
         return self._connection.execute("SELECT id, file FROM snapshots WHERE state = 'pending' ORDER BY id").fetchall()
 
+    def initial_file(self) -> str | None:
+        """Return the file of the run's first snapshot; None where it wasn't kept."""
+        row = self._connection.execute("SELECT file FROM snapshots ORDER BY id LIMIT 1").fetchone()
+        return None if row is None else row[0]
+
     def begin_measuring(self, snapshot: int) -> int:
         """Return how often the measuring of a snapshot was begun, this time included."""
         with self.transaction():

@@ -19,6 +19,7 @@ from torch import nn
 
 from kcomplex.errors import RunError, SpecError
 from kcomplex.estimator import Estimator
+from kcomplex.given import INITIAL, STAGE
 from kcomplex.tracking.columns import checked_metrics
 from kcomplex.tracking.lock import lock_run
 from kcomplex.tracking.plan import Plan, estimator_specs
@@ -287,7 +288,8 @@ def attach(
         Schedule of the snapshots; see `parse_schedule`.
     estimators
         What to measure every snapshot with, as in `describe`; None is ``DEFAULT_ESTIMATORS``, or what a resumed run
-        has. Only specifications reach the measuring process.
+        has. Only specifications reach the measuring process. ``given:initial|lin`` measures every snapshot given the
+        first one, ``given:seed:factory=package.module:function,seed=0|lin`` given the initialisation of a recipe.
     include, exclude, trainable
         Selection of tensors; see `Weights.select`.
     keep
@@ -329,6 +331,8 @@ def attach(
     selection = Selection(as_patterns(include), as_patterns(exclude), trainable)
     plan = Plan(plain_every(every), steps_per_epoch, selection, keep, max_pending_bytes, measure)
     specs = None if estimators is None else estimator_specs(estimators)
+    if keep == "none" and any(spec.startswith(f"{STAGE}{INITIAL}|") for spec in specs or ()):
+        raise SpecError(f"{STAGE}{INITIAL} needs the first snapshot: keep 'ends' or 'all', not 'none'")
     captured = capture_weights(model, selection)
     # The run stays where it is when the program changes its working directory.
     folder = Path(run).resolve()

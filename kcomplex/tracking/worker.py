@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from kcomplex.description import Description
+    from kcomplex.estimator import Estimator
     from kcomplex.tracking.store import RunStore
 
 # Above the training process's own niceness: enough for the training to come first where cores are scarce, and not so
@@ -48,7 +49,7 @@ def measure_pending(run: str | PathLike[str], *, progress: Callable[[int, int], 
             if store.begin_measuring(snapshot) > MOST_ATTEMPTS:
                 store.add_descriptions(snapshot, [], [f"{file}: measuring it ended the process {MOST_ATTEMPTS} times"])
                 continue
-            descriptions, failures = _measure(Path(run) / file, info.estimators)
+            descriptions, failures = _measure(Path(run), file, info.estimators, store.initial_file())
             done += _record(store, snapshot, descriptions, failures)
             store.discard_files(info.settings["keep"])
             if progress is not None:
@@ -56,22 +57,39 @@ def measure_pending(run: str | PathLike[str], *, progress: Callable[[int, int], 
     return done
 
 
-def _measure(path: Path, specs: Iterable[str]) -> tuple[list[Description], list[str]]:
+def _measure(run: Path, file: str, specs: Iterable[str], initial: str | None) -> tuple[list[Description], list[str]]:
     """Return the descriptions of a snapshot file, and a message for each estimator that failed."""
-    from kcomplex.pipeline import build_estimator
     from kcomplex.tracking.snapshot import open_snapshot
 
-    descriptions, failures = [], []
+    descriptions: list[Description] = []
+    failures, path = [], run / file
     try:
         with open_snapshot(path) as weights:
             for spec in specs:
                 try:
-                    descriptions.append(build_estimator(spec).describe(weights))
+                    descriptions.append(_estimator(spec, run, initial).describe(weights))
                 except Exception as error:
                     failures.append(f"{path.name}: {spec}: {type(error).__name__}: {error}")
     except Exception as error:
         failures.append(str(error))
     return descriptions, failures
+
+
+def _estimator(spec: str, run: Path, initial: str | None) -> Estimator:
+    """Return the estimator of a specification, in which what is given may be the run's first snapshot."""
+    from dataclasses import replace
+
+    from kcomplex.errors import RunError
+    from kcomplex.given import INITIAL, GivenCode
+    from kcomplex.pipeline import build_estimator
+    from kcomplex.tracking.snapshot import open_snapshot
+
+    estimator = build_estimator(spec)
+    if not isinstance(estimator, GivenCode) or estimator.given.checkpoint != INITIAL:
+        return estimator
+    if initial is None:
+        raise RunError(f"{run}: the first snapshot wasn't kept")
+    return replace(estimator, given=replace(estimator.given, source=open_snapshot(run / initial)))
 
 
 def _record(store: RunStore, snapshot: int, descriptions: list[Description], failures: list[str]) -> bool:

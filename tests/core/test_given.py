@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from pathlib import Path
 
@@ -134,6 +135,34 @@ def test_a_recipe_is_worth_the_initialisation_that_it_rebuilds() -> None:
     assert 8 * len(stream) == kc.describe(model, f"given:{recipe}|zstd")[0].bits
     # Who has the weights needs no recipe.
     assert_same(kc.decode_checkpoint(stream, given=model), model.state_dict())
+
+
+@pytest.fixture(scope="module")
+def resnet18(request: pytest.FixtureRequest) -> nn.Module:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(request.config.rootpath)
+        torch.manual_seed(0)
+        network: nn.Module = importlib.import_module(HERE).resnet18()
+    return network
+
+
+def test_a_new_resnet18_is_two_kilobytes_given_its_seed(resnet18: nn.Module) -> None:
+    recipe = f"seed:factory={HERE}:resnet18,seed=0"
+    stream = kc.encode_checkpoint(resnet18, "lin", given=recipe)
+    assert sum(parameter.numel() for parameter in resnet18.parameters()) == 11_689_512
+    assert len(stream) < 2000
+    assert_same(kc.decode_checkpoint(stream, given=recipe), resnet18.state_dict())
+
+
+@pytest.mark.parametrize("spec", ["zstd", "planes|zstd"])
+def test_a_new_resnet18_is_incompressible_to_everything_else(resnet18: nn.Module, spec: str) -> None:
+    assert kc.describe(resnet18, spec)[0].bits_per_weight > 26
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spec", ["lzma", "bz2", "planes|lzma", "palette|entropy", "context", "best", "mix", "lin"])
+def test_a_new_resnet18_is_incompressible_to_the_slower_ones(resnet18: nn.Module, spec: str) -> None:
+    assert kc.describe(resnet18, spec)[0].bits_per_weight > 26
 
 
 def test_a_recipe_may_have_arguments_and_make_a_state_dict() -> None:

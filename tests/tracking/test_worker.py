@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import kcomplex as kc
+from kcomplex.errors import SpecError
 from kcomplex.tracking import waiting, writer
 from kcomplex.tracking.frames import load_configurations, load_events, load_snapshots
 from kcomplex.tracking.store import RunStore
@@ -171,3 +172,31 @@ def test_waiting_shows_a_bar_on_a_terminal(track, monkeypatch, capsys):
     process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(0.5)"])
     assert wait_for_worker(process, tracker.run, timeout=None) == []
     assert "measuring run" in capsys.readouterr().err
+
+
+def test_snapshots_are_measured_given_the_first_one(track, train, finish):
+    tracker = track(every=2, estimators=["raw", "given:initial|lin"])
+    train(4)
+    finish(tracker)
+    frame = kc.load_runs(tracker.run)
+    relative = frame[frame["estimator"] == "given:initial|lin"]
+    assert relative["step"].tolist() == [0, 2, 4]
+    assert relative["kind"].tolist() == ["code"] * 3
+    # Of the first one only the structure is paid for.
+    assert relative["bits"].is_monotonic_increasing
+    assert relative["bits"].tolist()[0] < relative["bits"].tolist()[-1]
+    first, *_, last = sorted((tracker.run / "snapshots").iterdir())
+    assert kc.describe(str(last), "lin", given=str(first))[0].bits == relative["bits"].tolist()[-1]
+
+
+def test_the_first_snapshot_must_be_kept_where_others_are_measured_given_it(track, tmp_path):
+    with pytest.raises(SpecError, match="keep 'ends' or 'all'"):
+        track(estimators="given:initial|lin", keep="none")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_recipe_that_cannot_be_built_is_an_event_of_the_run(track, finish):
+    tracker = track(estimators=["raw", "given:seed:factory=absent_package:build,seed=0|lin"])
+    finish(tracker)
+    assert kc.load_runs(tracker.run)["estimator"].tolist() == ["raw"]
+    assert "ModuleNotFoundError" in load_events(tracker.run)["message"].item()
