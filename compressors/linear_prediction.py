@@ -58,50 +58,64 @@ NO_FACTORS = Factors(np.zeros((0, 0), np.float32), np.zeros(0, np.float32))
 
 @dataclass
 class Covariance:
-    """Sums of products of a matrix's columns, window by window, in units of the rows' root mean square.
+    """Sums of products of a matrix's columns, window by window.
 
     Attributes
     ----------
-    sums
-        float64 of shape (window, window) each.
-    rows
-        How many rows they count as.
+    earlier, earlier_rows
+        float64 of shape (window, window) each: of earlier matrices, each in units of its root mean square, so that
+        matrices of any scale and density weigh the same; and how many rows they count as.
+    own, own_rows
+        Of this matrix as far as it is known, in its own units.
     """
 
-    sums: list[Matrix]
-    rows: float
+    earlier: list[Matrix]
+    earlier_rows: float
+    own: list[Matrix]
+    own_rows: int = 0
 
     @classmethod
     def empty(cls, width: int) -> Covariance:
         """Return the covariance of no rows."""
-        return cls([np.zeros((stop - start, stop - start)) for start, stop in windows(width)], 0.0)
+        return cls(_zeros(width), 0.0, _zeros(width))
+
+    @property
+    def rows(self) -> float:
+        """How many rows are known."""
+        return self.earlier_rows + self.own_rows
 
     def carried(self) -> Covariance:
         """Return what a next matrix of this width begins with."""
         share = min(1.0, _MOST_CARRIED_ROWS / self.rows) if self.rows > 0 else 0.0
-        return Covariance([sums * share for sums in self.sums], self.rows * share)
+        width = sum(len(sums) for sums in self.own)
+        return Covariance([sums * share for sums in self.sums()], self.rows * share, _zeros(width))
 
     def add(self, rows: Matrix) -> None:
-        """Count rows in, in units of their root mean square: matrices of any scale and density weigh the same."""
-        parts = [np.ascontiguousarray(rows[:, start:stop]) for start, stop in windows(rows.shape[1])]
-        products = [part.T @ part for part in parts]
-        # Each product is exact, and so is the sum, whichever order the machine takes.
-        power = math.fsum(entry for product in products for entry in product.diagonal().tolist()) / rows.size
+        """Count rows of this matrix in."""
+        for sums, (start, stop) in zip(self.own, windows(rows.shape[1]), strict=True):
+            part = np.ascontiguousarray(rows[:, start:stop])
+            sums += part.T @ part
+        self.own_rows += len(rows)
+
+    def sums(self) -> list[Matrix]:
+        """Return all sums, those of this matrix in units of its root mean square so far."""
+        # The sum of the diagonals, rounded once, whichever order the machine takes.
+        power = math.fsum(entry for sums in self.own for entry in sums.diagonal().tolist())
         if not power:
-            return
-        for sums, product in zip(self.sums, products, strict=True):
-            sums += product / power
-        self.rows += len(rows)
+            return self.earlier
+        power /= self.own_rows * sum(len(sums) for sums in self.own)
+        return [sums + own / power for sums, own in zip(self.earlier, self.own, strict=True)]
 
     def factors(self, choice: int) -> Factors:
         """Return the factors under one shrinkage; none for `NO_PREDICTION` or before enough rows."""
         if choice == NO_PREDICTION or self.rows < _FEWEST_ROWS:
             return NO_FACTORS
-        width = sum(len(sums) for sums in self.sums)
-        rows = np.zeros((width, max(len(sums) for sums in self.sums)), np.float32)
+        known = self.sums()
+        width = sum(len(sums) for sums in known)
+        rows = np.zeros((width, max(len(sums) for sums in known)), np.float32)
         inverses = np.zeros(width, np.float32)
         start = 0
-        for sums in self.sums:
+        for sums in known:
             factor = self._shrunk(sums, choice)
             factor_in_place(factor)
             stop = start + len(sums)
@@ -118,10 +132,10 @@ class Covariance:
         best, gain = NO_PREDICTION, 0.0
         if self.rows < _FEWEST_ROWS:
             return best, gain
-        power = float(np.square(rows).mean())
+        power, known = float(np.square(rows).mean()), self.sums()
         for choice in range(NO_PREDICTION):
             error = 0.0
-            for sums, (start, stop) in zip(self.sums, windows(rows.shape[1]), strict=True):
+            for sums, (start, stop) in zip(known, windows(rows.shape[1]), strict=True):
                 try:
                     lower = cholesky(self._shrunk(sums, choice), lower=True, check_finite=False)
                 except LinAlgError:
@@ -140,6 +154,10 @@ class Covariance:
         covariance *= 1.0 - SHRINKAGES[choice]
         np.fill_diagonal(covariance, diagonal)
         return covariance
+
+
+def _zeros(width: int) -> list[Matrix]:
+    return [np.zeros((stop - start, stop - start)) for start, stop in windows(width)]
 
 
 def windows(width: int) -> list[tuple[int, int]]:
