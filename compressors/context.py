@@ -22,7 +22,7 @@ from kcomplex.compressors.context_model import (
     room,
 )
 from kcomplex.compressors.magnitude_tokens import MOST_MAGNITUDE, join_tokens, split_tokens
-from kcomplex.compressors.mix_matrix import eighths_of_octaves, folded, octave_fraction, unzigzag, zigzag
+from kcomplex.compressors.mix_matrix import eighths_of_octaves, folded, octave_fraction, read_middle, zigzag
 from kcomplex.compressors.words import byte_size, from_bytes, to_bytes
 from kcomplex.description import STRUCTURE
 from kcomplex.errors import StreamError
@@ -76,6 +76,8 @@ class Context(Coder):
         wide: NDArray[np.signedinteger[Any]] = symbols.astype(np.int32 if symbols.dtype.itemsize < 4 else np.int64)
         wide -= middle
         largest = max(int(wide.max()), -int(wide.min()))
+        if largest >= MOST_MAGNITUDE:
+            return plain
         low_bits = b""
         if largest > LARGEST:
             tokens, low_bits = split_tokens(wide)
@@ -100,7 +102,7 @@ class Context(Coder):
         choice = flags & ~(_MODELLED | _TOKENS)
         if not flags & _MODELLED or choice & 15 >= len(SETTINGS):
             raise StreamError(f"context: a stream can't begin with {flags}")
-        middle = unzigzag(reader.varint())
+        middle = read_middle(reader)
         tokens = _decode_matrix(reader, choice, folded(shape), bool(flags & _TOKENS))
         if choice & _TRANSPOSED:
             tokens = tokens.T

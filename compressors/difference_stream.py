@@ -97,7 +97,9 @@ def read_line(reader: Reader, offset: bool) -> Line:
         Its numbers are out of range.
     """
     line = Line(*(unzigzag(reader.varint()) for _ in range(4 if offset else 2)))
-    if max(abs(line.bits), abs(line.offset_bits)) > 1000 or max(abs(line.factor), abs(line.offset)) >> _MOST_BITS:
+    octaves = max(line.factor.bit_length() - line.bits, line.offset.bit_length() - line.offset_bits)
+    large = max(abs(line.factor), abs(line.offset)) >> _MOST_BITS
+    if max(abs(line.bits), abs(line.offset_bits)) > 1000 or octaves > 1023 or large:
         raise StreamError("mix: the factor of what is given is out of range")
     return line
 

@@ -265,6 +265,20 @@ def check_size(size: int, payload: int) -> None:
         raise StreamError(f"{payload} bytes can't hold {size} weights")
 
 
+def read_middle(reader: Reader) -> int:
+    """Return what integers are counted from.
+
+    Raises
+    ------
+    StreamError
+        It is beyond 64 bits.
+    """
+    middle = unzigzag(reader.varint())
+    if not -(1 << 63) <= middle < 1 << 63:
+        raise StreamError(f"integers can't be counted from {middle}")
+    return middle
+
+
 def zigzag(value: int) -> int:
     """Return a non-negative integer for any: 0, -1, 1, -2 ... become 0, 1, 2, 3 ..."""
     return 2 * value if value >= 0 else -2 * value - 1

@@ -37,8 +37,8 @@ from kcomplex.compressors.mix_matrix import (
     octave_fraction,
     pack_choices,
     read_choices,
+    read_middle,
     shortest,
-    unzigzag,
     zigzag,
 )
 from kcomplex.compressors.palette import Palette
@@ -143,6 +143,8 @@ class LearningMix(Coder):
             palette = _SortedPalette.of(side, shape, word)
             given = GivenNumbers(values_of(known).reshape(-1), palette.numbers(dtype))
             indices = self._difference(None, given).decode_words(reader.rest(), shape, palette.indices)
+            if indices.size and int(indices.max()) >= palette.words.size:
+                raise StreamError(f"mix: the index {indices.max()} in a table of {palette.words.size} words")
             return tensor_from_words(palette.words[indices], dtype, shape)
         if form != _AS_NUMBERS:
             raise StreamError(f"mix: a tensor given another can't begin with {form}")
@@ -274,7 +276,7 @@ class LearningMix(Coder):
             return from_bytes(reader.rest(), shape, dtype)
         if not mode & MODELLED or mode > MODELLED + TRANSPOSED + LINEAR:
             raise StreamError(f"mix: a tensor of integers can't begin with {mode}")
-        middle = unzigzag(reader.varint())
+        middle = read_middle(reader)
         scale = reader.varint() - 64
         if scale > 383:
             raise StreamError(f"mix: a scale of {scale} eighths of an octave")

@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from threading import Lock
 from types import TracebackType
@@ -23,7 +24,7 @@ import torch
 from kcomplex.container_index import HEAD, Notes, PieceStream, digest_of, encode_index, read_index
 from kcomplex.errors import KComplexError, SourceNotFoundError, StreamError, VerificationError, WeightsError
 from kcomplex.estimator import Code, EncodedTensor, Estimator
-from kcomplex.files import replacing
+from kcomplex.files import refuse_overwriting, replacing
 from kcomplex.formats.safetensors_file import original_layout, safetensors_header
 from kcomplex.given import GivenSource
 from kcomplex.parallel import in_order
@@ -75,6 +76,7 @@ def encode_file(
     if not isinstance(code, Code):
         raise WeightsError(f"{code.spec!r} is of kind {code.kind}: it has no stream that could be decoded")
     target = Path(path)
+    refuse_overwriting(target, source, given)
     try:
         # A caller's weights stay open.
         opened = nullcontext(source) if isinstance(source, Weights) else open_weights(source)
@@ -137,12 +139,15 @@ class Container:
             raise SourceNotFoundError(f"{self.path}: there is no such file") from error
         except OSError as error:
             raise StreamError(f"{self.path}: can't be read: {error.strerror or error}") from error
-        self._reading = Lock()
+        self._reading, self._learning = Lock(), Lock()
         try:
             self._open()
         except StreamError as error:
             self._file.close()
             raise StreamError(f"{self.path}: {error}") from error
+        except BaseException:
+            self._file.close()
+            raise
 
     def _open(self) -> None:
         index = read_index(self._file)
@@ -165,8 +170,8 @@ class Container:
         StreamError
             A piece's bytes were changed.
         """
-        self._decoder, self._next = self._code.fresh(), len(self._streams)
-        decoded = in_order(self._decoded, self._streams, 1 if self._code.sequential else jobs)
+        decode = partial(self._decoded, self._code.fresh())
+        decoded = in_order(decode, self._streams, 1 if self._code.sequential else jobs)
         for stream, tensor in zip(self._streams, decoded, strict=True):
             yield self.entries[stream.tensor], stream.piece, tensor
 
@@ -184,28 +189,36 @@ class Container:
         if place is None:
             raise WeightsError(f"{self.path}: there is no tensor {name!r}")
         wanted = [index for index, stream in enumerate(self._streams) if stream.tensor == place]
-        if self._code.sequential:
-            if wanted[0] < self._next:
-                self._decoder, self._next = self._code.fresh(), 0
-            for stream in self._streams[self._next : wanted[0]]:
-                self._decoded(stream)
-            self._next = wanted[-1] + 1
-        entry = self.entries[place]
+        if not self._code.sequential:
+            return self._joined(self.entries[place], self._decoder, wanted)
+        with self._learning:
+            decoder, known = self._decoder, self._next
+            if wanted[0] < known:
+                decoder, known = self._code.fresh(), 0
+            # Should one of the streams be damaged, the decoder has learned half of it and is of no more use.
+            self._decoder, self._next = self._code.fresh(), 0
+            for stream in self._streams[known : wanted[0]]:
+                self._decoded(decoder, stream)
+            tensor = self._joined(self.entries[place], decoder, wanted)
+            self._decoder, self._next = decoder, wanted[-1] + 1
+            return tensor
+
+    def _joined(self, entry: TensorEntry, decoder: Code, wanted: list[int]) -> torch.Tensor:
         if len(wanted) == 1:
-            return self._decoded(self._streams[wanted[0]])
+            return self._decoded(decoder, self._streams[wanted[0]])
         data = torch.empty(math.prod(entry.shape) * entry.dtype.itemsize, dtype=torch.uint8)
         for index in wanted:
             start, stop, _ = self._streams[index].piece
-            words = words_of(self._decoded(self._streams[index]))
+            words = words_of(self._decoded(decoder, self._streams[index]))
             data.numpy()[start * entry.dtype.itemsize : stop * entry.dtype.itemsize] = words.view(np.uint8)
         return data.view(entry.dtype).reshape(entry.shape)
 
-    def _decoded(self, stream: PieceStream) -> torch.Tensor:
+    def _decoded(self, decoder: Code, stream: PieceStream) -> torch.Tensor:
         entry = self.entries[stream.tensor]
         what = f"the tensor {entry.names[0]!r}"
         try:
             data = self._section(stream.offset, stream.length, stream.digest, what)
-            return self._decoder.decode_entry(data, replace(entry, shape=stream.piece.shape), self._shared)
+            return decoder.decode_entry(data, replace(entry, shape=stream.piece.shape), self._shared)
         except (StreamError, MemoryError) as error:
             problem = str(error) or "it claims more memory than there is"
             raise StreamError(f"{self.path}: {what} can't be decoded: {problem}") from error
@@ -254,6 +267,7 @@ def decode_file(
         The file can't be written.
     """
     target = Path(output)
+    refuse_overwriting(target, path, given)
     with Container(path, given=given) as container:
         layout = [(name, entry.dtype, entry.shape) for entry in container.entries for name in entry.names]
         header, offsets = safetensors_header(layout, container.notes.metadata, container.notes.order)

@@ -159,7 +159,8 @@ def read_index(file: BinaryIO) -> Index:
             position += taken
     if position != end:
         raise StreamError("the file hasn't the length that its index announces")
-    return Index(structure.spec, structure.tensors, tuple(streams), shared, _read_notes(reader.rest()))
+    notes = _read_notes(reader.rest(), {name for entry in structure.tensors for name in entry.names})
+    return Index(structure.spec, structure.tensors, tuple(streams), shared, notes)
 
 
 def digest_of(data: bytes) -> bytes:
@@ -187,16 +188,27 @@ def _piece_lengths(structure: Structure, limit: int, reader: Reader) -> list[lis
     return lengths
 
 
-def _read_notes(packed: bytes) -> Notes:
+def _read_notes(packed: bytes, names: set[str]) -> Notes:
     inflater = zlib.decompressobj()
     try:
         text = inflater.decompress(packed, _DEFLATE_LIMIT * max(len(packed), 1))
         told: dict[str, Any] = json.loads(text)
-    except (zlib.error, ValueError) as error:
+    except (zlib.error, ValueError, RecursionError) as error:
         raise StreamError(f"the notes of the file are corrupted: {error}") from error
     if not inflater.eof or inflater.unused_data or not isinstance(told, dict):
         raise StreamError("the notes of the file are corrupted")
-    return Notes(told.get("metadata", {}), tuple(told.get("order", ())), told.get("inexact", {}))
+    metadata, order, inexact = told.get("metadata", {}), told.get("order", []), told.get("inexact", {})
+    if not (
+        isinstance(metadata, dict)
+        and all(isinstance(value, str) for value in metadata.values())
+        and isinstance(order, list)
+        and all(isinstance(name, str) and name in names for name in order)
+        and len(set(order)) == len(order)
+        and isinstance(inexact, dict)
+        and all(name in names and isinstance(error, (int, float)) and error >= 0 for name, error in inexact.items())
+    ):
+        raise StreamError("the notes of the file are corrupted")
+    return Notes(metadata, tuple(order), inexact)
 
 
 def _trailer(head: bytes, index: bytes) -> bytes:

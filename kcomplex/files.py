@@ -7,6 +7,25 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from kcomplex.errors import KComplexError
+
+
+def refuse_overwriting(target: Path, *sources: object) -> None:
+    """Check that a file to be written isn't one of those that it is made of.
+
+    Raises
+    ------
+    KComplexError
+        It is.
+    """
+    for source in sources:
+        if not isinstance(source, (str, os.PathLike)):
+            continue
+        # Neither needs to exist, and a recipe is no path.
+        with suppress(OSError):
+            if target.samefile(source):
+                raise KComplexError(f"{target}: writing it would destroy what it is made of: take another name")
+
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:

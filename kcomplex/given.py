@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import importlib
+import re
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from os import PathLike, fspath
@@ -38,6 +39,7 @@ STAGE = "given:"
 INITIAL = "initial"
 _RECIPE, _DIGEST = "seed:", "digest:"
 _DIGEST_BYTES = 8
+_SEED = re.compile("-?[0-9]{1,20}")
 # What the first byte of a tensor's stream says, where a coder has no use for the given weights of its own.
 _PLAIN, _DIFFERENCE = 0, 1
 
@@ -89,6 +91,8 @@ class Given:
         if not isinstance(given, (str, PathLike)):
             return cls(source=given)
         text = fspath(given)
+        if "|" in text:
+            raise SpecError(f"{text!r} can't be given: in a specification | ends it; use a name without")
         if text.startswith(_DIGEST):
             return cls(digest=text.removeprefix(_DIGEST))
         if not text.startswith(_RECIPE):
@@ -103,7 +107,7 @@ class Given:
             options[key] = value
         factory, seed = options.pop("factory", ""), options.pop("seed", "0")
         version, digest = options.pop("torch", ""), options.pop("digest", "")
-        if not all(factory.partition(":")) or not seed.removeprefix("-").isdecimal():
+        if not all(factory.partition(":")) or not _SEED.fullmatch(seed):
             raise SpecError(f"{text!r} isn't of the form 'seed:factory=package.module:function,seed=0'")
         return cls("", factory, int(seed), tuple(options.items()), version, digest)
 
@@ -169,15 +173,24 @@ class Given:
             raise StreamError(told)
         return found
 
+    def read_anew(self) -> None:
+        """Open the weights, and forget the digest of what they may have been before."""
+        self.__dict__.pop("_by_name", None)
+        self.__dict__.pop("_computed_digest", None)
+        self.__dict__["_by_name"] = self._names()
+
     @cached_property
     def _by_name(self) -> dict[str, TensorHandle]:
+        return self._names()
+
+    def _names(self) -> dict[str, TensorHandle]:
         return {name: handle for handle in self.weights.values() for name in (handle.name, *handle.aliases)}
 
     @cached_property
     def _computed_digest(self) -> str:
         digest = hashlib.blake2b(digest_size=_DIGEST_BYTES)
         for handle in self.weights.values():
-            digest.update(repr((handle.name, dtype_name(handle.dtype), handle.shape)).encode())
+            digest.update(repr((handle.name, handle.aliases, dtype_name(handle.dtype), handle.shape)).encode())
             digest.update(words_of(handle.read()).data)
         return digest.hexdigest()
 
@@ -315,7 +328,7 @@ class GivenCode(Code):
 
     def prepare(self, weights: Weights) -> bytes:
         """Return the side information of the code; what is given is opened here, before threads ask for it."""
-        assert self.given.weights is not None
+        self.given.read_anew()
         return self.code.prepare(weights)
 
     def filled(self, given: GivenSource | None) -> GivenCode:

@@ -65,6 +65,8 @@ def build_estimator(spec: str | Estimator, given: GivenSource | None = None) -> 
         raise SpecError(f"an estimator is a specification string or an Estimator, not {type(spec).__name__}")
     if spec.startswith(STAGE):
         text, _, behind = spec.removeprefix(STAGE).partition("|")
+        if behind.startswith(STAGE):
+            raise SpecError(f"{spec[:80]!r} names given weights twice: once is enough")
         return relative(build_estimator(behind), Given.of(text))
     *before, last = [build("kcomplex.estimators", stage) for stage in split_stages(spec)]
     for stage in (*before, last):

@@ -7,11 +7,13 @@ import math
 import os
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kcomplex.container import Container, encode_file
 from kcomplex.errors import SpecError
 from kcomplex.estimator import Estimator, Shape
+from kcomplex.files import refuse_overwriting
 from kcomplex.pipeline import QuantisedCode, build_estimator
 from kcomplex.step_search import DEFAULT_ESTIMATOR, EVALUATIONS, WITHIN, Steps
 from kcomplex.step_trials import Evaluate, Progress, Trials
@@ -155,6 +157,7 @@ def quantise_file(
     """
     code = _searchable(estimator)
     _check_wishes(mse, bits, evaluate, within, evaluations)
+    refuse_overwriting(Path(path), source)
     with nullcontext(source) if isinstance(source, Weights) else open_weights(source) as weights:
         trials = Trials(source, weights, code, jobs, progress)
         if evaluate is not None:

@@ -240,7 +240,8 @@ def mean_square_probe(error: Callable[[float], float], limit: float) -> Callable
 
     def probe(place: float) -> Probe:
         found = error(place)
-        return Probe(found <= limit, place + math.log2(limit / found) / 2 if found > 0 and limit > 0 else math.nan)
+        share = limit / found if found > 0 else math.nan
+        return Probe(found <= limit, place + math.log2(share) / 2 if 0 < share < math.inf else math.nan)
 
     return probe
 
