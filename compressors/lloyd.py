@@ -94,6 +94,9 @@ class Lloyd(Quantiser):
         scale = float(np.abs(levels).max()) or 1.0
         flat, fitted = values.reshape(-1).astype(np.float64) / scale, levels.astype(np.float64) / scale
         places = np.searchsorted((fitted[1:] + fitted[:-1]) / 2, flat)
+        # Between neighbours of vastly smaller magnitude than the largest, the middle is rounded to one of them.
+        equal = np.minimum(np.searchsorted(levels, values.reshape(-1)), levels.size - 1)
+        places = np.where(levels[equal] == values.reshape(-1), equal, places)
         if self.price:
             weight = self.price * _SLOPE * float(np.square(flat - fitted[places]).mean())
             for _ in range(_PASSES):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -45,6 +45,7 @@ def test_every_finite_tensor_is_quantised(quantiser, values):
 
 
 @settings(max_examples=100, deadline=None)
+@example(values=np.array([1.0, -5e-324, 0.0]))
 @given(values=any_values)
 def test_few_distinct_values_are_kept(values):
     np.testing.assert_array_equal(back(Lloyd(k=400), values), values)
