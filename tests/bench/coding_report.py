@@ -14,6 +14,8 @@ from tensors import FLOAT_SETS, INTEGER_SETS, SETS, UNTUNED
 
 # The peer that each of our codes is set against, by the kind of tensors.
 REFERENCES = {INTEGER_SETS: "NNC*", FLOAT_SETS: "pcodec-12"}
+# The figure ends here.
+LARGEST_RATIO = 1.5
 
 
 def with_ratios(results: pd.DataFrame) -> pd.DataFrame:
@@ -23,7 +25,7 @@ def with_ratios(results: pd.DataFrame) -> pd.DataFrame:
     """
     if not len(results):
         return results
-    results = results.copy()
+    results = results.astype({"weights": int, "bytes": int})
     sizes = results.pivot_table(index="set", columns="tool", values="bytes")
     best = sizes[[peer for peer in PEERS if peer in sizes]].min(axis=1)
     references = pd.Series(
@@ -58,13 +60,20 @@ def geometric_means(results: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(columns).dropna(how="all")
 
 
+def _by_tool(results: pd.DataFrame, column: str) -> pd.DataFrame:
+    """Return a column with a row for each set and a column for each tool, ours before the peers."""
+    table = results.pivot_table(index="set", columns="tool", values=column, sort=False)
+    ours = sorted(tool for tool in table if tool not in PEERS)
+    return table[[*ours, *(peer for peer in PEERS if peer in table)]]
+
+
 def print_table(results: pd.DataFrame) -> None:
     """Print bits a weight of every set and tool, and the geometric means."""
     for sets in REFERENCES:
         chosen = results[results["set"].isin(sets)]
         if not len(chosen):
             continue
-        bits = chosen.pivot_table(index="set", columns="tool", values="bits_per_weight", sort=False)
+        bits = _by_tool(chosen, "bits_per_weight")
         table = Table("set", *bits.columns, title="bits a weight, everything paid for")
         for name in [name for name in sets if name in bits.index]:
             least = bits.loc[name].min()
@@ -82,25 +91,30 @@ def print_table(results: pd.DataFrame) -> None:
 
 
 def draw(results: pd.DataFrame) -> Figure:
-    """Return a figure of every tool's size against the reference peer's, one row a set, integers beside floats."""
+    """Return a figure of every tool's size against the reference peer's, one row a set, integers beside floats.
+
+    Sizes above one and a half times the reference are left out.
+    """
+    ours = sorted(set(results["tool"]) - set(PEERS))
+    colours = {tool: mpl.colormaps["tab10"](place) for place, tool in enumerate(ours)}
     figure = Figure(figsize=(11, 5.5), layout="constrained")
     for axes, (sets, reference) in zip(figure.subplots(1, 2), REFERENCES.items(), strict=True):
-        _draw_panel(axes, results[results["set"].isin(sets)], reference)
+        chosen = results[results["set"].isin(sets)]
+        if len(chosen):
+            _draw_panel(axes, _by_tool(chosen, "to_reference").iloc[::-1], reference, colours)
     return figure
 
 
-def _draw_panel(axes: Axes, results: pd.DataFrame, reference: str) -> None:
-    ratios = results.pivot_table(index="set", columns="tool", values="to_reference", sort=False).iloc[::-1]
-    colours = mpl.colormaps["tab10"]
-    ours = [tool for tool in ratios if tool not in PEERS]
-    for place, tool in enumerate(ours):
-        axes.plot(ratios[tool], range(len(ratios)), "o", color=colours(place), label=tool, zorder=3)
-    for place, tool in enumerate(tool for tool in PEERS if tool in ratios and tool != reference):
-        axes.plot(ratios[tool], range(len(ratios)), "sDv^<>Xp"[place], color="0.55", markersize=4, label=tool)
-    axes.axvline(1, color="0.3", linewidth=1)
-    axes.set_yticks(range(len(ratios)), ratios.index)
+def _draw_panel(axes: Axes, ratios: pd.DataFrame, reference: str, colours: dict[str, tuple[float, ...]]) -> None:
+    rows = range(len(ratios))
+    for tool in (tool for tool in colours if tool in ratios):
+        axes.plot(ratios[tool], rows, "o", color=colours[tool], label=tool, zorder=3)
+    markers = dict(zip(PEERS, "|sDv^<>Xp", strict=True))
+    for tool in (tool for tool in PEERS if tool in ratios and tool != reference):
+        axes.plot(ratios[tool], rows, markers[tool], color="0.5", markersize=4, label=tool)
+    axes.axvline(1, color="0.3", linewidth=1, label=reference)
+    axes.set_yticks(rows, ratios.index)
     axes.set_xlabel(f"size against {reference}")
-    axes.set_xlim(right=min(1.5, axes.get_xlim()[1]))
+    axes.set_xlim(right=min(LARGEST_RATIO, axes.get_xlim()[1]))
     axes.grid(axis="x", alpha=0.3)
-    if len(ratios):
-        axes.legend(fontsize="small", frameon=False)
+    axes.legend(fontsize="small", frameon=False, loc="upper center", bbox_to_anchor=(0.45, -0.1), ncols=4)
