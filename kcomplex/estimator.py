@@ -25,7 +25,7 @@ import torch
 from numpy.typing import NDArray
 
 from kcomplex.description import STRUCTURE, Description, Kind, TensorDescription, Unit
-from kcomplex.errors import SpecError
+from kcomplex.parallel import in_order
 from kcomplex.spec import full_spec_of, spec_of
 from kcomplex.structure import TensorEntry, encode_structure, join_lengths, split_lengths
 from kcomplex.version import VERSION
@@ -416,18 +416,9 @@ def for_each_tensor(
     measure: Callable[[TensorHandle], Measured], weights: Weights, jobs: int, progress: Progress | None
 ) -> list[Measured]:
     """Return `measure` of every tensor, in order, in parallel threads where ``jobs`` isn't 1."""
-    if jobs == 0:
-        raise SpecError("jobs is a number of threads (or -1 for one a core), not 0")
     handles = list(weights.values())
     measured = []
-    if jobs == 1 or len(handles) < 2:
-        results: Iterable[Measured] = map(measure, handles)
-    else:
-        from joblib import Parallel, delayed
-
-        pool = Parallel(n_jobs=jobs, prefer="threads", return_as="generator")
-        results = pool(delayed(measure)(handle) for handle in handles)
-    for handle, tensor in zip(handles, results, strict=True):
+    for handle, tensor in zip(handles, in_order(measure, handles, jobs), strict=True):
         measured.append(tensor)
         if progress is not None:
             progress(handle)
