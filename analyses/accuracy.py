@@ -9,7 +9,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from numpy.typing import NDArray
 
-from kcomplex.analyses.figure import RAW_STYLE, axes_or_new, length_label, scale_lengths, styles
+from kcomplex.analyses.figure import RAW_STYLE, add_grid_and_legend, axes_or_new, length_label, scale_lengths, styles
 from kcomplex.analyses.selection import last_snapshots, measured_by, scores, smaller_is_better
 from kcomplex.tracking.frames import load_runs
 
@@ -96,8 +96,7 @@ def plot(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
     scale_lengths(ax, "x", [*frame["bits"], *frame["raw_bits"]])
     ax.set_xlabel(length_label(frame["estimator"], frame["kind"], "bits"))
     ax.set_ylabel(metric.replace("_", " "))
-    ax.grid(color="0.92", zorder=-1)
-    ax.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+    add_grid_and_legend(ax)
     return ax
 
 

@@ -68,6 +68,12 @@ def scale_lengths(ax: Axes, which: Literal["x", "y"], values: Iterable[float]) -
     axis.set_major_formatter(FuncFormatter(_short))
 
 
+def add_grid_and_legend(ax: Axes) -> None:
+    """Draw a pale grid behind the data, and the legend beside the axes, where it covers nothing."""
+    ax.grid(color="0.92", zorder=-1)
+    ax.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+
+
 def _short(value: float, position: int) -> str:
     """Return 0.5, 20, 500k, 1M."""
     return f"{value:g}" if abs(value) < 1000 else EngFormatter(sep="").format_eng(value)

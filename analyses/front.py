@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from kcomplex.analyses.accuracy import pareto_front
 from kcomplex.analyses.data import Dataset, load
 from kcomplex.analyses.experiment import Experiment, read_experiment
-from kcomplex.analyses.figure import axes_or_new, styles
+from kcomplex.analyses.figure import add_grid_and_legend, axes_or_new, styles
 from kcomplex.analyses.lengths import description_bits, mask_bits
 from kcomplex.analyses.networks import network
 from kcomplex.analyses.run import CONFIGURATION, FINAL
@@ -105,8 +105,7 @@ def plot(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
     ax.set_xscale("log")
     ax.set_xlabel(f"bytes of the network without dead units ({frame['estimator'].iloc[0]}, code)")
     ax.set_ylabel("test accuracy of the decoded network")
-    ax.grid(color="0.92", zorder=-1)
-    ax.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+    add_grid_and_legend(ax)
     return ax
 
 

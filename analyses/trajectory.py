@@ -7,7 +7,7 @@ import os
 import pandas as pd
 from matplotlib.axes import Axes
 
-from kcomplex.analyses.figure import RAW_STYLE, axes_or_new, length_label, scale_lengths, styles
+from kcomplex.analyses.figure import RAW_STYLE, add_grid_and_legend, axes_or_new, length_label, scale_lengths, styles
 from kcomplex.analyses.selection import measured_by
 from kcomplex.tracking.frames import load_runs
 
@@ -72,8 +72,7 @@ def plot(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
     scale_lengths(ax, "y", [*frame["bits_per_weight"], *raw])
     ax.set_xlabel(clock)
     ax.set_ylabel(length_label(frame["estimator"], frame["kind"], "bits per weight"))
-    ax.grid(color="0.92", zorder=-1)
-    ax.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+    add_grid_and_legend(ax)
     return ax
 
 
