@@ -7,6 +7,7 @@ import sqlite3
 import subprocess
 import sys
 import threading
+from contextlib import closing
 
 import pytest
 import torch
@@ -91,6 +92,17 @@ def test_one_of_several_creators_wins(tmp_path):
     for thread in threads:
         thread.join()
     assert sorted(outcomes) == ["created", "refused", "refused", "refused"]
+
+
+def test_a_creator_waits_for_one_who_is_about_to_write(tmp_path):
+    path = tmp_path / "run.sqlite"
+    with closing(sqlite3.connect(path, isolation_level=None, check_same_thread=False)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        timer = threading.Timer(0.1, other.rollback)
+        timer.start()
+        with closing(connect(path)) as connection:
+            assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+        timer.join()
 
 
 def test_readers_dont_wait_for_a_writer(store):
