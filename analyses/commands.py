@@ -24,16 +24,23 @@ def train(
         Path | None, typer.Option(help="folder of the run [default: runs/NAME of the config]", show_default=False)
     ] = None,
     config: Annotated[Path | None, typer.Option(help="experiment as TOML or JSON; options below override it")] = None,
-    data: Annotated[str | None, typer.Option(help="digits, mnist, fashion-mnist or hf:NAME")] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(help="digits, mnist, fashion-mnist, cifar10-jpeg, tinyshakespeare:window=64 or hf:NAME"),
+    ] = None,
     network: Annotated[
-        str | None, typer.Option(metavar="SPEC", help="mlp:hidden=128+64, lenet300, lenet5, convnet:channels=16+32")
+        str | None,
+        typer.Option(
+            metavar="SPEC",
+            help="mlp:hidden=128+64, lenet300, lenet5, convnet:channels=16+32, resnet20, vit, gpt:width=64",
+        ),
     ] = None,
     mode: Annotated[
         str | None, typer.Option(metavar="SPEC", help="baseline, momos:block_size=4,capacity=0.01 ...")
     ] = None,
-    epochs: Annotated[int | None, typer.Option(help="passes over the training images")] = None,
+    epochs: Annotated[int | None, typer.Option(help="passes over the training data")] = None,
     fine_tune_epochs: Annotated[int | None, typer.Option(help="further passes after the mode has pruned")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="images a step")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="images or windows a step")] = None,
     lr: Annotated[float | None, typer.Option(help="learning rate at the start")] = None,
     weight_decay: Annotated[float | None, typer.Option(help="weight decay")] = None,
     optimizer: Annotated[str | None, typer.Option(help="adamw or sgd")] = None,

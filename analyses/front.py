@@ -18,14 +18,13 @@ from kcomplex.analyses.experiment import Experiment, read_experiment
 from kcomplex.analyses.figure import add_grid_and_legend, axes_or_new, styles
 from kcomplex.analyses.lengths import description_bits, mask_bits
 from kcomplex.analyses.networks import network
-from kcomplex.analyses.run import CONFIGURATION, FINAL
+from kcomplex.analyses.run import CONFIGURATION, FINAL, load_final
 from kcomplex.analyses.training import evaluate
 from kcomplex.errors import RunError, SpecError
 from kcomplex.pipeline import build_estimator
 from kcomplex.stream import decode_checkpoint, encode_checkpoint
-from kcomplex.training.chain import links_of
+from kcomplex.training.chain import is_chain, links_of
 from kcomplex.training.dead_units import remove_dead_units
-from kcomplex.weights import open_weights
 
 # Of the codes that others need no context for, the one that sees both zeros and few distinct values.
 DEFAULT_ESTIMATOR = "palette|entropy"
@@ -51,7 +50,8 @@ def measured(folder: str | os.PathLike[str], estimator: str | None = None) -> pd
     """Return one row a finished run: its network without dead units, encoded, decoded and evaluated.
 
     Columns: run, mode, seed; accuracy (of the decoded network, on test images), parameters (of the network as built),
-    non_zeros, rate (their ratio), units (of the layers left, as ``40-20-10``), estimator, bytes (of the whole stream,
+    non_zeros, rate (their ratio), units (of the layers left, as ``40-20-10``; empty where the network isn't a chain of
+    layers, which keeps its dead units), estimator, bytes (of the whole stream,
     names and shapes included), mask_bytes (what the positions of the non-zeros cost where all are alike: no code),
     value_bytes (four for each non-zero, which others report as the size), data_bytes (the training labels given the
     network) and description_bytes (both).
@@ -151,16 +151,15 @@ def upper_hull(costs: NDArray[np.float64], gains: NDArray[np.float64]) -> NDArra
 def _row(experiment: Experiment, final: Path, data: Dataset, estimator: str) -> dict[str, Any]:
     model = network(experiment.network).build(data.input_shape, data.classes)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    with open_weights(final) as weights:
-        model.load_state_dict({name: handle.read() for name, handle in weights.items()})
-    # Every built-in network is a chain.
-    smaller = remove_dead_units(model).model
+    load_final(final, model)
+    chain = is_chain(model)
+    smaller = remove_dead_units(model).model if chain else model
     stream = encode_checkpoint(smaller, estimator)
     smaller.load_state_dict(decode_checkpoint(stream))
     non_zeros = sum(int(parameter.count_nonzero()) for parameter in smaller.parameters())
     entries = sum(parameter.numel() for parameter in smaller.parameters())
     loss, _ = evaluate(smaller, data.train)
-    data_bits = description_bits(0.0, loss, len(data.train))
+    data_bits = description_bits(0.0, loss, data.train.predictions)
     return {
         "mode": experiment.mode,
         "seed": experiment.seed,
@@ -168,7 +167,7 @@ def _row(experiment: Experiment, final: Path, data: Dataset, estimator: str) -> 
         "parameters": parameters,
         "non_zeros": non_zeros,
         "rate": parameters / non_zeros if non_zeros else math.inf,
-        "units": "-".join(str(link.units) for link in links_of(smaller)),
+        "units": "-".join(str(link.units) for link in links_of(smaller)) if chain else "",
         "estimator": estimator,
         "bytes": len(stream),
         "mask_bytes": mask_bits(non_zeros, entries) / 8,

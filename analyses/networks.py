@@ -1,4 +1,4 @@
-"""Small networks by specification string, such as ``mlp:hidden=128+64``."""
+"""Small networks by specification string, such as ``mlp:hidden=128+64``: of images, and of characters."""
 
 from __future__ import annotations
 
@@ -7,36 +7,60 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias
 
 from torch import nn
 
+from kcomplex.analyses.residual import ResidualNetwork
+from kcomplex.analyses.transformer import CharacterModel, VisionTransformer
 from kcomplex.errors import SpecError, UnknownNameError
 from kcomplex.spec import configure, spec_of
 
-Shape = tuple[int, int, int]
+# (channels, height, width) of images, (length,) of windows of characters.
+Shape: TypeAlias = tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Network(ABC):
-    """A recipe for a classifier of images of shape (channels, height, width)."""
+    """A recipe for a classifier of images of shape (channels, height, width), or of windows of characters.
+
+    Attributes
+    ----------
+    axes
+        Number of axes of an input: three of an image, one of a window.
+    """
 
     name: ClassVar[str]
+    axes: ClassVar[int] = 3
 
     @property
     def spec(self) -> str:
         """Specification string that builds this recipe again."""
         return spec_of(self)
 
-    @abstractmethod
     def build(self, input_shape: Shape, classes: int) -> nn.Module:
-        """Return a freshly initialised network: inputs (n, *input_shape) to logits (n, classes), both float32.
+        """Return a freshly initialised network, by PyTorch's global generator.
+
+        It takes images (n, *input_shape), float32, to logits (n, classes); or characters (n, length), int64, to logits
+        (n, length, classes) of the ones that follow.
 
         Raises
         ------
         SpecError
             The network can't take inputs of this shape.
         """
+        if len(input_shape) != self.axes:
+            kinds = {1: "characters", 3: "images"}
+            fitting = sorted(name for name, cls in NETWORKS.items() if cls.axes == len(input_shape))
+            raise SpecError(
+                f"{self.name} takes {kinds[self.axes]}, not inputs of shape {tuple(input_shape)}. "
+                f"What takes those: {', '.join(fitting) or 'nothing'}"
+            )
+        return self.construct(input_shape, classes)
+
+    @abstractmethod
+    def construct(self, input_shape: Shape, classes: int) -> nn.Module:
+        """Return the network of inputs with the right number of axes; see `build`."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +79,7 @@ class MLP(Network):
     def __post_init__(self) -> None:
         _check_widths(self.name, "hidden", self.hidden)
 
-    def build(self, input_shape: Shape, classes: int) -> nn.Module:
+    def construct(self, input_shape: Shape, classes: int) -> nn.Module:
         """Return the network; see `Network.build`."""
         return nn.Sequential(nn.Flatten(), *_dense((math.prod(input_shape), *self.hidden, classes)))
 
@@ -66,9 +90,9 @@ class LeNet300(Network):
 
     name: ClassVar[str] = "lenet300"
 
-    def build(self, input_shape: Shape, classes: int) -> nn.Module:
+    def construct(self, input_shape: Shape, classes: int) -> nn.Module:
         """Return the network; see `Network.build`."""
-        return MLP((300, 100)).build(input_shape, classes)
+        return MLP((300, 100)).construct(input_shape, classes)
 
 
 @dataclass(frozen=True)
@@ -77,7 +101,7 @@ class LeNet5(Network):
 
     name: ClassVar[str] = "lenet5"
 
-    def build(self, input_shape: Shape, classes: int) -> nn.Module:
+    def construct(self, input_shape: Shape, classes: int) -> nn.Module:
         """Return the network; see `Network.build`."""
         channels, height, width = input_shape
         # Twice: a 5x5 kernel without padding takes four rows and columns, pooling half of what is left.
@@ -114,7 +138,7 @@ class ConvNet(Network):
         if not self.channels:
             raise SpecError("convnet: channels must name at least one convolution: write for example channels=16+32")
 
-    def build(self, input_shape: Shape, classes: int) -> nn.Module:
+    def construct(self, input_shape: Shape, classes: int) -> nn.Module:
         """Return the network; see `Network.build`."""
         channels, height, width = input_shape
         halvings = len(self.channels)
@@ -127,7 +151,95 @@ class ConvNet(Network):
         return nn.Sequential(*layers, nn.Flatten(), nn.Linear(features, classes))
 
 
-NETWORKS: dict[str, type[Network]] = {cls.name: cls for cls in (MLP, LeNet300, LeNet5, ConvNet)}
+@dataclass(frozen=True)
+class ResNet20(Network):
+    """ResNet-20 for small images (He et al. 2015): 269,722 parameters for three channels and ten classes.
+
+    Parameters
+    ----------
+    width
+        Feature maps of the first stage; twice and four times as many follow.
+    """
+
+    width: int = 16
+    name: ClassVar[str] = "resnet20"
+
+    def __post_init__(self) -> None:
+        _check_widths(self.name, "width", (self.width,))
+
+    def construct(self, input_shape: Shape, classes: int) -> nn.Module:
+        """Return the network; see `Network.build`."""
+        return ResidualNetwork(input_shape[0], classes, blocks=3, widths=(self.width, 2 * self.width, 4 * self.width))
+
+
+@dataclass(frozen=True)
+class _Transformer(Network):
+    """A transformer: blocks of attention and two layers four times as wide, with norms before both.
+
+    Parameters
+    ----------
+    width, depth, heads
+        Of the vectors, of the stack of blocks, and of attention; the width is a multiple of the heads.
+    """
+
+    width: int = 64
+    depth: int = 4
+    heads: int = 4
+
+    def __post_init__(self) -> None:
+        for field in ("width", "depth", "heads"):
+            _check_widths(self.name, field, (getattr(self, field),))
+        if self.width % self.heads:
+            raise SpecError(f"{self.name}: width must be a multiple of heads={self.heads}, not {self.width}")
+
+
+@dataclass(frozen=True)
+class ViT(_Transformer):
+    """A vision transformer (Dosovitskiy et al. 2020) whose patches are averaged at the end.
+
+    Parameters
+    ----------
+    width, depth, heads
+        Of the patches' vectors, of the stack of blocks, and of attention; the width is a multiple of the heads.
+    patch
+        Side of a patch; images are filled up with zeros to whole patches.
+    """
+
+    patch: int = 4
+    name: ClassVar[str] = "vit"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_widths(self.name, "patch", (self.patch,))
+
+    def construct(self, input_shape: Shape, classes: int) -> nn.Module:
+        """Return the network; see `Network.build`."""
+        channels, height, width = input_shape
+        return VisionTransformer(
+            channels, (height, width), classes, self.patch, self.width, depth=self.depth, heads=self.heads
+        )
+
+
+@dataclass(frozen=True)
+class GPT(_Transformer):
+    """A generative transformer of characters (Radford et al. 2019), its output layer tied to its embedding.
+
+    Parameters
+    ----------
+    width, depth, heads
+        Of the characters' vectors, of the stack of blocks, and of attention; the width is a multiple of the heads.
+        What it can look back on is a window of the data set.
+    """
+
+    name: ClassVar[str] = "gpt"
+    axes: ClassVar[int] = 1
+
+    def construct(self, input_shape: Shape, classes: int) -> nn.Module:
+        """Return the network; see `Network.build`."""
+        return CharacterModel(classes, input_shape[0], self.width, depth=self.depth, heads=self.heads)
+
+
+NETWORKS: dict[str, type[Network]] = {cls.name: cls for cls in (MLP, LeNet300, LeNet5, ConvNet, ResNet20, ViT, GPT)}
 
 
 def network(spec: str) -> Network:

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import TypeAlias
 
 import torch
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_model, save_model
+from torch import nn
 
 from kcomplex.analyses.data import load
 from kcomplex.analyses.experiment import Experiment, read_experiment
@@ -96,6 +98,20 @@ def is_done(experiment: Experiment, folder: str | os.PathLike[str]) -> bool:
     return (path / FINAL).is_file()
 
 
+def load_final(path: Path, model: nn.Module) -> None:
+    """Give a plain network the weights that a finished run ended with, tied ones under all their names.
+
+    Raises
+    ------
+    RunError
+        The file is broken, or of another network.
+    """
+    try:
+        load_model(model, path)
+    except (SafetensorError, RuntimeError, OSError) as error:
+        raise RunError(f"{path}: doesn't hold the weights of the run's network: {error}") from error
+
+
 def _write_configuration(experiment: Experiment, path: Path) -> None:
     try:
         with replacing(path) as temporary:
@@ -131,9 +147,9 @@ def _train(training: Training, path: Path, progress: Progress | None) -> None:
 
 
 def _write_final(training: Training, path: Path) -> None:
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in training.converted().state_dict().items()}
+    plain = training.converted().cpu()
     with replacing(path) as temporary:
-        save_file(tensors, temporary, metadata={"experiment": training.experiment.to_json()})
+        save_model(plain, str(temporary), metadata={"experiment": training.experiment.to_json()})
 
 
 @contextmanager

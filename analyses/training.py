@@ -21,8 +21,9 @@ from kcomplex.training.batch_norm import reestimate_batch_norm
 from kcomplex.training.mode import Mode, ParameterGroups, mode
 from kcomplex.training.schedule import Course, Phase, Verdict
 
-# Images evaluated at once: bounds the memory that activations take.
+# Images or windows evaluated at once, and places in windows: both bound the memory that activations take.
 _EVALUATION_BATCH = 1000
+_EVALUATION_PREDICTIONS = 1 << 16
 
 
 class Training:
@@ -47,7 +48,7 @@ class Training:
         self.experiment = experiment
         self.data = data.to(device)
         self.model = network(experiment.network).build(data.input_shape, data.classes).to(device)
-        self.mode = mode(experiment.mode).with_samples(len(data.train))
+        self.mode = mode(experiment.mode).with_samples(data.train.predictions)
         self.mode.prepare(self.model)
         self.optimizer = _optimizer(experiment, self.mode)
         self.course = Course(experiment.phases())
@@ -56,7 +57,7 @@ class Training:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimiser steps in one pass over the training images."""
+        """Optimiser steps in one pass over the training data."""
         return math.ceil(len(self.data.train) / self.experiment.batch_size)
 
     @property
@@ -139,7 +140,8 @@ class Training:
             factor = self.course.lr_factor_after(number / self.steps_per_epoch)
             for group in self.optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * factor
-            loss = cross_entropy(self.model(train.inputs[batch]), train.labels[batch])
+            logits, labels = _predictions(self.model(train.inputs[batch]), train.labels[batch])
+            loss = cross_entropy(logits, labels)
             self.optimizer.zero_grad(set_to_none=True)
             (loss + self.mode.penalty()).backward()  # type: ignore[no-untyped-call]
             self.optimizer.step()
@@ -173,7 +175,7 @@ class Training:
 
     def _reestimate_batch_norm(self) -> None:
         if self.experiment.reestimate_batch_norm:
-            reestimate_batch_norm(self.model, torch.split(self.data.train.inputs, _EVALUATION_BATCH))
+            reestimate_batch_norm(self.model, torch.split(self.data.train.inputs, _evaluated_at_once(self.data.train)))
 
     def _take_up_new_groups(self) -> None:
         """Let the optimiser train what the mode has added; it stays the same object, which a tracker has hooks on."""
@@ -202,18 +204,26 @@ class Training:
 
 @torch.no_grad()
 def evaluate(model: nn.Module, split: Split) -> tuple[float, float]:
-    """Return mean loss in nats and accuracy in [0, 1], in evaluation mode."""
+    """Return mean loss in nats a prediction and accuracy in [0, 1], in evaluation mode."""
     was_training = model.training
     model.eval()
     loss = correct = 0.0
-    for inputs, labels in zip(
-        torch.split(split.inputs, _EVALUATION_BATCH), torch.split(split.labels, _EVALUATION_BATCH), strict=True
-    ):
-        logits = model(inputs)
+    size = _evaluated_at_once(split)
+    for inputs, wanted in zip(torch.split(split.inputs, size), torch.split(split.labels, size), strict=True):
+        logits, labels = _predictions(model(inputs), wanted)
         loss += float(cross_entropy(logits, labels, reduction="sum"))
         correct += float((logits.argmax(1) == labels).sum())
     model.train(was_training)
-    return loss / len(split), correct / len(split)
+    return loss / split.predictions, correct / split.predictions
+
+
+def _predictions(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return logits (n, classes) and labels (n,): of text, those of all places of all windows."""
+    return logits.flatten(0, -2), labels.flatten()
+
+
+def _evaluated_at_once(split: Split) -> int:
+    return min(_EVALUATION_BATCH, max(1, _EVALUATION_PREDICTIONS * len(split) // split.predictions))
 
 
 def _optimizer(experiment: Experiment, prepared: Mode) -> torch.optim.Optimizer:

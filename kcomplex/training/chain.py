@@ -139,6 +139,15 @@ def links_of(model: nn.Module) -> list[Link]:
     return links
 
 
+def is_chain(model: nn.Module) -> bool:
+    """Return whether `links_of` takes the model."""
+    try:
+        links_of(model)
+    except SpecError:
+        return False
+    return True
+
+
 def _spread(
     model: nn.Module,
     name: str,

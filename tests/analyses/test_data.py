@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import io
 import struct
 import sys
+import tarfile
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, ClassVar
 
 import numpy as np
+import PIL.Image
 import pytest
 import torch
 from hypothesis import given, settings
@@ -19,7 +22,7 @@ from hypothesis.extra import numpy as arrays
 
 from kcomplex.analyses import data
 from kcomplex.analyses.idx import read_idx
-from kcomplex.errors import DataError
+from kcomplex.errors import DataError, SpecError
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 
@@ -175,7 +178,7 @@ def test_missing_data_says_where_it_was_sought_and_where_to_get_it(tmp_path: Pat
 
 
 def test_an_unknown_name_lists_the_known_ones() -> None:
-    with pytest.raises(DataError, match="digits, mnist, fashion-mnist, hf:NAME"):
+    with pytest.raises(DataError, match="digits, mnist, fashion-mnist, cifar10-jpeg, tinyshakespeare, hf:NAME"):
         data.load("cifar")
 
 
@@ -186,6 +189,142 @@ def test_the_published_files_are_what_they_should_be(name: str) -> None:
     dataset = data.load(name, SHARED)
     assert [len(split) for split in (dataset.train, dataset.validation, dataset.test)] == [55_000, 5_000, 10_000]
     assert dataset.input_shape == (1, 28, 28)
+
+
+def jpeg(colour: int, size: tuple[int, int] = (32, 32), mode: str = "RGB") -> bytes:
+    file = io.BytesIO()
+    PIL.Image.new(mode, size, (colour,) * 3 if mode == "RGB" else colour).save(file, "JPEG")
+    return file.getvalue()
+
+
+def jpegs() -> dict[str, bytes]:
+    """Return eight images of three classes for training and two for testing, each class of another brightness."""
+    files = {}
+    for part, count in (("train", 8), ("test", 2)):
+        for place, kind in enumerate(("bird", "airplane", "truck")):
+            files |= {f"{part}/{kind}/{number:04}.jpg": jpeg(60 * place + 3 * number) for number in range(count)}
+    return files
+
+
+def packed(files: dict[str, bytes], compression: str = "xz") -> bytes:
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode=f"w:{compression}") as archive:  # type: ignore[call-overload]
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return file.getvalue()
+
+
+@pytest.fixture
+def few_jpegs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data, "_IMAGES_PER_CLASS", {"train": 8, "test": 2})
+    monkeypatch.setattr(data, "_JPEG_VALIDATION", 6)
+
+
+@pytest.mark.usefixtures("few_jpegs")
+@pytest.mark.parametrize("kind", ["folder", "tar", "tar.gz", "tar.xz"])
+def test_jpegs_are_read_from_a_folder_or_an_archive(tmp_path: Path, kind: str) -> None:
+    where = tmp_path / "cifar10-jpeg"
+    where.mkdir()
+    # In an archive, a folder of its own around them does no harm; neither do other files.
+    files = {"README.md": b"pictures", "other/bird/0001.jpg": b"", **jpegs()}
+    if kind == "folder":
+        for name, content in files.items():
+            (where / name).parent.mkdir(parents=True, exist_ok=True)
+            write(where / name, content)
+    else:
+        files = {f"CIFAR-10-images/{name}": content for name, content in reversed(files.items())}
+        write(where / f"images.{kind}", packed(files, kind.removeprefix("tar").removeprefix(".")))
+    dataset = data.load("cifar10-jpeg", tmp_path)
+    assert [len(split) for split in (dataset.train, dataset.validation, dataset.test)] == [18, 6, 6]
+    assert dataset.input_shape == (3, 32, 32)
+    assert dataset.test.labels.tolist() == [0, 0, 1, 1, 2, 2]
+    # By class in alphabetical order: airplane, bird, truck.
+    brightness = dataset.test.inputs.mean((1, 2, 3)) * 255
+    torch.testing.assert_close(brightness, torch.tensor([60.0, 63, 0, 3, 120, 123]), atol=1.5, rtol=0)
+
+
+@pytest.mark.usefixtures("few_jpegs")
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda files: files | {"train/bird/0003.jpg": files["train/bird/0003.jpg"][:-200]}, "0003.jpg can't be read"),
+        (lambda files: files | {"train/bird/0003.jpg": b""}, "0003.jpg can't be read"),
+        (lambda files: files | {"train/bird/0003.jpg": b"GIF89a" + bytes(99)}, "0003.jpg can't be read"),
+        (lambda files: files | {"train/bird/0003.jpg": jpeg(1, (33, 32))}, "0003.jpg is 33x32 in mode RGB"),
+        (lambda files: files | {"train/bird/0003.jpg": jpeg(1, mode="L")}, "0003.jpg is 32x32 in mode L"),
+        (lambda files: files | {"train/bird/0008.jpg": jpeg(1)}, "train/bird has 9 images, not 8"),
+        (lambda files: {name: files[name] for name in files if name != "test/bird/0001.jpg"}, "test/bird has 1 images"),
+        (lambda files: {name: files[name] for name in files if "test/bird" not in name}, "test/bird has 0 images"),
+        (lambda files: {"README.md": b""}, "holds no images called train/CLASS"),
+    ],
+)
+def test_jpegs_that_are_broken_or_missing_are_told(tmp_path: Path, damage: Any, message: str) -> None:
+    write(tmp_path / "images.tar.xz", packed(damage(jpegs())))
+    with pytest.raises(DataError, match=message) as refusal:
+        data.load("cifar10-jpeg", tmp_path)
+    assert "images.tar.xz" in str(refusal.value)
+
+
+@pytest.mark.usefixtures("few_jpegs")
+@pytest.mark.parametrize("kind", ["", "gz", "xz"])
+@pytest.mark.parametrize("length", [0, 0.3, 0.7])
+def test_a_broken_archive_of_jpegs_is_told(tmp_path: Path, kind: str, length: float) -> None:
+    content = packed(jpegs(), kind)
+    write(tmp_path / "images.tar", content[: int(length * len(content))])
+    with pytest.raises(DataError, match=r"images\.tar"):
+        data.load("cifar10-jpeg", tmp_path)
+
+
+def play(folder: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> Path:
+    folder.mkdir(exist_ok=True)
+    monkeypatch.setattr(data, "_TEXT_CHECKSUM", hashlib.md5(text.encode()).hexdigest())
+    return write(folder / "input.txt", text.encode())
+
+
+@pytest.mark.parametrize("window", [1, 3, 7, 49])
+def test_a_text_is_predicted_character_by_character(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, window: int
+) -> None:
+    characters = np.random.default_rng(0).integers(0, 26, 1003)
+    play(tmp_path / "tinyshakespeare", monkeypatch, "".join(chr(97 + c) for c in characters))
+    dataset = data.load(f"tinyshakespeare:window={window}", tmp_path)
+    assert dataset.classes == 26
+    assert dataset.input_shape == (window,)
+    # The last tenth for testing, the twentieth before it for validation.
+    for split, start, end in ((dataset.train, 0, 853), (dataset.validation, 853, 903), (dataset.test, 903, 1003)):
+        count = (end - start - 1) // window
+        assert split.predictions == count * window
+        np.testing.assert_array_equal(split.inputs.flatten(), characters[start : start + count * window])
+        np.testing.assert_array_equal(split.labels.flatten(), characters[start + 1 : start + 1 + count * window])
+
+
+def test_a_text_must_be_the_published_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = play(tmp_path, monkeypatch, "to be or not to be" * 9)
+    with pytest.raises(SpecError, match="window must be below 8"):
+        data.load("tinyshakespeare", tmp_path)
+    for content, message in ((b"to be", "not the published"), (b"\xff\xfe", "isn't UTF-8")):
+        write(file, content)
+        with pytest.raises(DataError, match=message):
+            data.load("tinyshakespeare", tmp_path)
+    file.unlink()
+    with pytest.raises(DataError, match="char-rnn"):
+        data.load("tinyshakespeare", tmp_path)
+
+
+@pytest.mark.parametrize("spec", ["tinyshakespeare:window=0", "tinyshakespeare:length=3", "tinyshakespeare:"])
+def test_wrong_options_of_a_data_set_are_refused(spec: str) -> None:
+    with pytest.raises(SpecError):
+        data.load(spec)
+
+
+def test_the_published_text_is_what_it_should_be() -> None:
+    if not (SHARED / "tinyshakespeare").is_dir():
+        pytest.skip(f"{SHARED / 'tinyshakespeare'} isn't here")
+    dataset = data.load("tinyshakespeare:window=100", SHARED)
+    assert dataset.classes == 65
+    assert [split.predictions for split in (dataset.train, dataset.validation, dataset.test)] == [948000, 55700, 111500]
 
 
 class Image:
