@@ -35,8 +35,8 @@ def bit_operations(
     inputs
         A batch, or the positional arguments of one forward pass.
     bits
-        Bits a weight of the quantised parameters by full name. The others count at full precision: 32 bits, none of
-        them left out however many are zero, activations at 32 bits too.
+        Bits a weight of the quantised parameters by full name, a tied one by any of its names. The others count at full
+        precision: 32 bits, none of them left out however many are zero, activations at 32 bits too.
     activation_bits
         Bits of the inputs of quantised layers.
 
@@ -50,8 +50,8 @@ def bit_operations(
     Raises
     ------
     SpecError
-        ``bits`` names something that isn't the weight of a linear, convolution or attention layer, or the pass used
-        none.
+        ``bits`` names something that isn't the weight of a linear, convolution, attention or embedding layer, or the
+        pass used none.
 
     Notes
     -----
@@ -73,18 +73,23 @@ def bit_operations(
         if counter is not None:
             module.register_forward_hook(counting(prefix, counter), with_kwargs=True)
     counted(*inputs) if isinstance(inputs, tuple) else counted(inputs)
-    unknown = [name for name in bits if name not in macs]
+    # A tied weight is quantised under one of its names, and multiplies under another.
+    parameters = dict(counted.named_parameters(remove_duplicate=False))
+    known = {id(parameters[name]) for name in macs}
+    known |= {id(module.weight) for module in counted.modules() if isinstance(module, nn.Embedding)}
+    unknown = [name for name in bits if name not in parameters or id(parameters[name]) not in known]
     if unknown or not macs:
         raise SpecError(
             f"no weights of layers that this forward pass used: {', '.join(unknown) or 'none at all'}; there are "
             f"{', '.join(list(macs)[:8])}"
         )
+    widths = {id(parameters[name]): float(width) for name, width in bits.items()}
     rows = []
     for name, count in macs.items():
-        weights = counted.get_parameter(name)
-        quantised = name in bits
+        weights = parameters[name]
+        quantised = id(weights) in widths
         density = int(torch.count_nonzero(weights)) / weights.numel() if quantised else 1.0
-        width = float(bits[name]) if quantised else float(FULL_PRECISION)
+        width = widths.get(id(weights), float(FULL_PRECISION))
         operations = count * density * width * (activation_bits if quantised else FULL_PRECISION)
         rows.append((name, count, density, width, operations, float(count * FULL_PRECISION**2)))
     columns = ["parameter", "macs", "density", "bits", "bit_operations", "full"]

@@ -190,6 +190,26 @@ def test_integers_reload_into_the_plain_module_bit_for_bit(tmp_path, per_channel
     assert (item.bits, item.codes.dtype, item.step.numel()) == (5, torch.int8, 4 if per_channel else 1)
 
 
+def test_bit_operations_of_a_tied_weight_are_those_of_what_multiplies():
+    model = nn.Sequential(nn.Embedding(20, 8), nn.Linear(8, 8), nn.Linear(8, 20))
+    model[2].weight = model[0].weight
+    configured = CoDeQ(bits=4)
+    configured.prepare(model)
+    bits = {name: tensor.bits for name, tensor in configured.integers().items()}
+    assert set(bits) == {"0.weight", "1.weight"}
+    frame = bit_operations(configured.convert(model), torch.arange(5), bits)
+    assert frame["macs"].to_dict() == {"1.weight": 5 * 64, "2.weight": 5 * 160}
+    assert frame["bits"].to_dict() == {"1.weight": 4, "2.weight": 4}
+
+
+def test_bit_operations_take_quantised_embeddings_and_leave_them_out():
+    model = nn.Sequential(nn.Embedding(20, 8), nn.Linear(8, 3))
+    frame = bit_operations(model, torch.arange(5), {"0.weight": 2, "1.weight": 4})
+    assert list(frame.index) == ["1.weight"]
+    with pytest.raises(SpecError, match=r"2\.weight"):
+        bit_operations(model, torch.arange(5), {"2.weight": 4})
+
+
 def test_tied_weights_are_stored_once_and_come_back_under_both_names(tmp_path):
     model = nn.ModuleDict({"embedding": nn.Embedding(20, 8), "head": nn.Linear(8, 20)})
     model["head"].weight = model["embedding"].weight
