@@ -59,6 +59,9 @@ class Experiment:
         Epochs that the stopping rule of `kcomplex.training.schedule` looks at, on the validation data; 0 trains all.
     min_epochs
         Epochs that it leaves alone before the mode prunes.
+    augmentation
+        ``crop_flip`` moves training images by up to four places and mirrors half of them, see
+        `kcomplex.analyses.augmentation`; ``none`` leaves them.
     reestimate_batch_norm
         Estimate the statistics of batch normalisations anew, from the training data, whenever the mode has projected
         or pruned at the end of an epoch.
@@ -95,6 +98,7 @@ class Experiment:
     lr_floor: float = 0.0
     window: int = 0
     min_epochs: int = 0
+    augmentation: Literal["none", "crop_flip"] = "none"
     reestimate_batch_norm: bool = False
     seed: int = 0
     estimators: tuple[str, ...] = DEFAULT_ESTIMATORS

@@ -12,10 +12,11 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+from kcomplex.analyses.augmentation import crop_and_flip
 from kcomplex.analyses.data import Dataset, Split
 from kcomplex.analyses.experiment import Experiment
 from kcomplex.analyses.networks import network
-from kcomplex.errors import RunError
+from kcomplex.errors import RunError, SpecError
 from kcomplex.files import replacing
 from kcomplex.training.batch_norm import reestimate_batch_norm
 from kcomplex.training.mode import Mode, ParameterGroups, mode
@@ -24,6 +25,7 @@ from kcomplex.training.schedule import Course, Phase, Verdict
 # Images or windows evaluated at once, and places in windows: both bound the memory that activations take.
 _EVALUATION_BATCH = 1000
 _EVALUATION_PREDICTIONS = 1 << 16
+_IMAGE_AXES = 3
 
 
 class Training:
@@ -48,6 +50,8 @@ class Training:
         self.experiment = experiment
         self.data = data.to(device)
         self.model = network(experiment.network).build(data.input_shape, data.classes).to(device)
+        if experiment.augmentation != "none" and len(data.input_shape) != _IMAGE_AXES:
+            raise SpecError(f"augmentation={experiment.augmentation} is for images: {experiment.data} has none")
         self.mode = mode(experiment.mode).with_samples(data.train.predictions)
         self.mode.prepare(self.model)
         self.optimizer = _optimizer(experiment, self.mode)
@@ -140,7 +144,7 @@ class Training:
             factor = self.course.lr_factor_after(number / self.steps_per_epoch)
             for group in self.optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * factor
-            logits, labels = _predictions(self.model(train.inputs[batch]), train.labels[batch])
+            logits, labels = _predictions(self.model(self._augmented(train.inputs[batch])), train.labels[batch])
             loss = cross_entropy(logits, labels)
             self.optimizer.zero_grad(set_to_none=True)
             (loss + self.mode.penalty()).backward()  # type: ignore[no-untyped-call]
@@ -151,6 +155,9 @@ class Training:
         if not math.isfinite(mean):
             raise RunError(f"{self.experiment.name}: the training loss is {mean} in epoch {self.epoch + 1}: lower lr")
         return mean
+
+    def _augmented(self, inputs: torch.Tensor) -> torch.Tensor:
+        return inputs if self.experiment.augmentation == "none" else crop_and_flip(inputs, self.shuffling)
 
     def _objective(self) -> float:
         """Return what the stopping rule looks at; it costs an evaluation, so not where nothing stops early."""

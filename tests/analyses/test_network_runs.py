@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import nn
 
 from kcomplex.analyses import front
 from kcomplex.analyses import run as running
+from kcomplex.analyses.augmentation import crop_and_flip
 from kcomplex.analyses.data import Dataset, Split, load
 from kcomplex.analyses.experiment import Experiment
 from kcomplex.analyses.networks import network
@@ -181,3 +183,52 @@ def test_batch_norms_of_a_residual_network_are_those_of_the_projected_weights() 
     again = [module.running_mean for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     for before, after in zip(statistics, again, strict=True):
         torch.testing.assert_close(before, after)
+
+
+def test_an_augmented_training_can_be_continued(tmp_path: Path) -> None:
+    spec = "resnet20:width=2"
+    tiny = dataclasses.replace(experiment(spec, "baseline"), augmentation="crop_flip", epochs=2)
+
+    def interrupt(epoch: int, metrics: Mapping[str, float]) -> None:
+        if epoch == 1:
+            raise Interruption
+
+    with pytest.raises(Interruption):
+        run(tiny, tmp_path / "parts", progress=interrupt)
+    whole, parts, plain = (
+        plain_network(run(one, tmp_path / place), spec).state_dict()
+        for one, place in (
+            (tiny, "whole"),
+            (tiny, "parts"),
+            (dataclasses.replace(tiny, augmentation="none"), "plain"),
+        )
+    )
+    assert all(torch.equal(tensor, parts[name]) for name, tensor in whole.items())
+    assert not torch.equal(whole["conv.weight"], plain["conv.weight"])
+
+
+def test_characters_are_not_augmented(tmp_path: Path) -> None:
+    tiny = dataclasses.replace(experiment("gpt:width=8,depth=1,heads=2", "baseline"), augmentation="crop_flip")
+    with pytest.raises(SpecError, match="for images"):
+        run(tiny, tmp_path)
+
+
+def test_crops_and_mirrored_images_are_what_a_loop_finds() -> None:
+    images = torch.rand(40, 2, 6, 5)
+    changed = crop_and_flip(images, torch.Generator().manual_seed(0))
+    assert torch.equal(changed, crop_and_flip(images, torch.Generator().manual_seed(0)))
+    found = set()
+    for image, other in zip(nn.functional.pad(images, (4,) * 4), changed, strict=True):
+        fitting = [
+            (row, column, flipped)
+            for row in range(9)
+            for column in range(9)
+            for flipped in (False, True)
+            if torch.equal(other.flip(2) if flipped else other, image[:, row : row + 6, column : column + 5])
+        ]
+        # A corner of zeros may be found at several places, never at none.
+        assert fitting
+        found.add(fitting[0])
+    assert len(found) > 20
+    assert {flipped for _, _, flipped in found} == {False, True}
+    assert {row for row, _, _ in found} >= {0, 8}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kcomplex.analyses.experiment import Experiment
+from kcomplex.analyses.networks import network
 from kcomplex.analyses.sweep import expand, read_sweep
 from kcomplex.errors import SpecError
+from kcomplex.training.mode import mode
 
 SWEEPS = Path(__file__).parents[2] / "analyses" / "sweeps"
 
@@ -113,9 +116,16 @@ def test_a_refusal_names_the_file(tmp_path: Path) -> None:
         read_sweep(path)
 
 
+SHAPES = {"mnist": (1, 28, 28), "hf:uoft-cs/cifar10": (3, 32, 32), "tinyshakespeare:window=256": (256,)}
+
+
 @pytest.mark.parametrize("file", sorted(SWEEPS.glob("*.toml")), ids=lambda file: file.stem)
 def test_the_sweeps_that_are_kept_can_be_run(file: Path) -> None:
     experiments = read_sweep(file)
     assert len(experiments) > 5
     for experiment in experiments:
         experiment.check()
+    for spec, name in {(item.network, item.data) for item in experiments}:
+        built = network(spec).build(SHAPES[name], 65)
+        for chosen in {item.mode for item in experiments if item.network == spec}:
+            mode(chosen).with_samples(1000).prepare(copy.deepcopy(built))
