@@ -23,7 +23,7 @@ class DRR(Pruning):
 
     Parameters
     ----------
-    bits_per_parameter, alpha, samples, tolerance, error_tolerance, cleaning, include, exclude
+    bits_per_parameter, alpha, samples, rising_epochs, tolerance, error_tolerance, cleaning, include, exclude
         See `Pruning`.
     beta
         Sharpness of the count, positive.
@@ -60,7 +60,7 @@ class DRR(Pruning):
         state = self.pruned_state
         total = self.no_penalty()
         for weights, factor in zip(state.wide(), self.layer_factors().values(), strict=True):
-            total = total - state.price * factor * torch.expm1(weights.abs() * -self.beta).sum()
+            total = total - state.present_price * factor * torch.expm1(weights.abs() * -self.beta).sum()
             if self.l2:
                 total = total + self.l2 * weights.square().sum()
         return total

@@ -25,7 +25,8 @@ class FPP(PMMP):
 
     Parameters
     ----------
-    bits_per_parameter, alpha, samples, tolerance, error_tolerance, cleaning, include, exclude, u0, p0, gamma_lr, u_lr
+    bits_per_parameter, alpha, samples, rising_epochs, tolerance, error_tolerance, cleaning, include, exclude, u0, p0,
+    gamma_lr, u_lr
         See `PMMP`.
     longest
         The means forget what is much longer ago than so many steps: the newest value has a share of at least
@@ -65,7 +66,7 @@ class FPP(PMMP):
             (theta, w, gamma, mean["u"])
             for (theta, w, gamma, _), mean in zip(self.quadruples(), means.values(), strict=True)
         )
-        total = saddle(self.pruned_state.price, against)
+        total = saddle(self.pruned_state.present_price, against)
         for mean, companions in zip(means.values(), self.companions.values(), strict=True):
             bracket = bracket_of(mean["theta"], mean["w"], mean["gamma"])
             u = companions["u"]

@@ -68,6 +68,8 @@ class Layerwise(Pruning):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.rising_epochs:
+            raise SpecError("layerwise: there is no price while it trains that could rise; leave rising_epochs out")
         if self.form not in _LR:
             raise SpecError(f"layerwise: form must be one of {', '.join(_LR)}, not {self.form!r}")
         if not 0 <= self.start <= 1:

@@ -37,7 +37,7 @@ class PMMP(Pruning):
 
     Parameters
     ----------
-    bits_per_parameter, alpha, samples, tolerance, error_tolerance, cleaning, include, exclude
+    bits_per_parameter, alpha, samples, rising_epochs, tolerance, error_tolerance, cleaning, include, exclude
         See `Pruning`.
     u0, p0
         Where u and gamma begin. A weight below ``sqrt(alpha / u0)`` begins by losing its gamma; with ``u0 = 0`` all do.
@@ -95,7 +95,7 @@ class PMMP(Pruning):
 
     def regulariser(self) -> torch.Tensor:
         """Return ``alpha sum(gamma) + sum(u (theta^2 - 2 theta w gamma + w^2 gamma))``, in nats a sample."""
-        return saddle(self.pruned_state.price, self.quadruples())
+        return saddle(self.pruned_state.present_price, self.quadruples())
 
     def quadruples(self) -> Iterator[tuple[torch.Tensor, ...]]:
         """Yield each weight tensor with its companions: theta, w, gamma, u."""
@@ -112,8 +112,8 @@ class PMMP(Pruning):
                 companions["u"].clamp_min_(0)
 
     def settled(self) -> bool:
-        """Return whether at most 1 % of the gammas are between 0.1 and 0.9."""
-        return self.pruned_state.fine_tuning or self._undecided() <= _MOST_UNDECIDED
+        """Return whether the price has risen and at most 1 % of the gammas are between 0.1 and 0.9."""
+        return self.pruned_state.fine_tuning or (super().settled() and self._undecided() <= _MOST_UNDECIDED)
 
     def convert(self, model: nn.Module) -> nn.Module:
         """Return a plain copy in which the pruned weights are exactly zero.

@@ -33,6 +33,9 @@ class Pruning(Mode):
         The penalty's weight itself, in nats a sample; it takes the place of the price in bits.
     samples
         Number of training samples; needed unless alpha is given.
+    rising_epochs
+        Epochs over which the price rises to its value in equal steps, so that the network learns before it is pruned;
+        0 asks the full price from the start.
     tolerance
         Share by which pruning may make the held-out loss worse.
     error_tolerance
@@ -54,6 +57,7 @@ class Pruning(Mode):
     bits_per_parameter: float = 8.0
     alpha: float | None = None
     samples: int | None = None
+    rising_epochs: int = 0
     tolerance: float = 0.01
     error_tolerance: float | None = None
     cleaning: Literal["none", "graph", "gradients"] = "none"
@@ -64,6 +68,8 @@ class Pruning(Mode):
         self.refuse_negative("bits_per_parameter", "alpha", "tolerance", "error_tolerance")
         if self.samples is not None and self.samples < 1:
             raise SpecError(f"{self.name}: samples must be 1 or more, not {self.samples}")
+        if self.rising_epochs < 0:
+            raise SpecError(f"{self.name}: rising_epochs must be 0 or more, not {self.rising_epochs}")
 
     def refuse_negative(self, *fields: str) -> None:
         """Raise SpecError where a field is negative, infinite or NaN; for ``__post_init__``."""
@@ -105,7 +111,7 @@ class Pruning(Mode):
         chosen = chosen_parameters(model, WEIGHT_LAYERS, self.include, self.exclude)
         weights = {full: module.get_parameter(name) for module, name, full in chosen}
         self.attach_to(model)
-        object.__setattr__(self, "_pruned_state", PrunedState(price, weights))
+        object.__setattr__(self, "_pruned_state", PrunedState(price, weights, self.rising_epochs))
 
     @abstractmethod
     def regulariser(self) -> torch.Tensor:
@@ -126,6 +132,14 @@ class Pruning(Mode):
         state = self.pruned_state
         for full, pruned in state.pruned.items():
             state.weights[full].masked_fill_(pruned, 0)
+
+    def after_epoch(self) -> None:
+        """Let the price rise."""
+        self.pruned_state.epochs += 1
+
+    def settled(self) -> bool:
+        """Return whether the price has risen to its value."""
+        return self.pruned_state.epochs >= self.rising_epochs
 
     def begin_fine_tuning(self, evaluate: Evaluate, error: Evaluate | None = None) -> None:
         """Prune by magnitude as much as is tolerated on held-out data, and fix what is pruned; see `tamade`.
@@ -175,9 +189,9 @@ class Pruning(Mode):
         return plain
 
     def state_dict(self) -> dict[str, Any]:
-        """Return whether the regularised phase is over, and what was pruned by parameter."""
+        """Return the epochs so far, whether the regularised phase is over, and what was pruned by parameter."""
         state = self.pruned_state
-        return {"fine_tuning": state.fine_tuning, "pruned": dict(state.pruned)}
+        return {"epochs": state.epochs, "fine_tuning": state.fine_tuning, "pruned": dict(state.pruned)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what `state_dict` returned.
@@ -189,7 +203,7 @@ class Pruning(Mode):
         """
         mine = self.pruned_state
         self.refuse_other_shapes({full: pruned.shape for full, pruned in state["pruned"].items()})
-        mine.fine_tuning = state["fine_tuning"]
+        mine.epochs, mine.fine_tuning = state["epochs"], state["fine_tuning"]
         mine.pruned.clear()
         for full, pruned in state["pruned"].items():
             mine.pruned[full] = pruned.to(mine.weights[full].device, copy=True)
@@ -226,10 +240,14 @@ class PrunedState:
     Attributes
     ----------
     price
-        The penalty's weight.
+        The penalty's weight alpha.
     weights
         The priced parameters by full name. The objects are kept, not only the names: a mode that follows may move
         them behind a parametrisation.
+    rising_epochs
+        Over which the price rises.
+    epochs
+        So far.
     pruned
         Masks by full name, True where a weight is gone; empty before pruning.
     fine_tuning
@@ -238,8 +256,15 @@ class PrunedState:
 
     price: float
     weights: dict[str, nn.Parameter]
+    rising_epochs: int = 0
+    epochs: int = 0
     pruned: dict[str, torch.Tensor] = field(default_factory=dict)
     fine_tuning: bool = False
+
+    @property
+    def present_price(self) -> float:
+        """The penalty's weight in the epoch that is trained now."""
+        return self.price * min(1.0, (self.epochs + 1) / max(self.rising_epochs, 1))
 
     def wide(self) -> list[torch.Tensor]:
         """Return the weights in the dtype that penalties are computed in, differentiable."""

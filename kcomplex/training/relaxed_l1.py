@@ -19,7 +19,7 @@ class RelaxedL1(Pruning):
 
     Parameters
     ----------
-    bits_per_parameter, alpha, samples, tolerance, error_tolerance, cleaning, include, exclude
+    bits_per_parameter, alpha, samples, rising_epochs, tolerance, error_tolerance, cleaning, include, exclude
         See `Pruning`; the price is of a magnitude of 1.
     l2
         Weight of the sum of squares, in nats a sample.
@@ -47,7 +47,7 @@ class RelaxedL1(Pruning):
         state = self.pruned_state
         total = self.no_penalty()
         for weights in state.wide():
-            total = total + state.price * weights.abs().sum()
+            total = total + state.present_price * weights.abs().sum()
             if self.l2:
                 total = total + self.l2 * weights.square().sum()
         return total

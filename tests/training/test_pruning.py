@@ -10,6 +10,7 @@ from torch import nn
 from kcomplex.errors import SpecError, WeightsError
 from kcomplex.training.drr import DRR
 from kcomplex.training.fpp import FPP
+from kcomplex.training.layerwise import Layerwise
 from kcomplex.training.mode import Mode, mode
 from kcomplex.training.pmmp import PMMP
 from kcomplex.training.pruning import Pruning
@@ -95,11 +96,34 @@ def test_the_price_is_in_bits_or_in_nats(kind):
 
 @every_mode
 @pytest.mark.parametrize(
-    "options", [{"alpha": -1.0}, {"samples": 0}, {"tolerance": math.nan}, {"error_tolerance": -0.1}]
+    "options",
+    [{"alpha": -1.0}, {"samples": 0}, {"rising_epochs": -1}, {"tolerance": math.nan}, {"error_tolerance": -0.1}],
 )
 def test_senseless_options_are_refused(kind, options):
     with pytest.raises(SpecError, match=next(iter(options))):
         kind(**options)
+
+
+@every_mode
+def test_the_price_rises_in_equal_steps_and_survives_a_restart(kind):
+    def attached(**options):
+        configured = kind(**options)
+        configured.prepare(single([0.5, -0.2]))
+        return configured
+
+    rising = attached(alpha=0.4, rising_epochs=4)
+    for epoch, price in enumerate((0.1, 0.2, 0.3, 0.4, 0.4)):
+        assert rising.penalty().item() == pytest.approx(attached(alpha=price).penalty().item())
+        assert rising.settled() == (epoch >= 4)
+        again = attached(alpha=0.4, rising_epochs=4)
+        again.load_state_dict(rising.state_dict())
+        assert again.penalty().item() == rising.penalty().item()
+        rising.after_epoch()
+
+
+def test_a_price_that_nothing_pays_while_training_cannot_rise():
+    with pytest.raises(SpecError, match="rising_epochs"):
+        Layerwise(rising_epochs=2)
 
 
 def test_a_count_without_sharpness_is_refused():
