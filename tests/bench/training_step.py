@@ -10,12 +10,12 @@ import multiprocessing
 import resource
 import statistics
 import time
-from itertools import pairwise
 
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+from kcomplex.analyses.networks import network
 from kcomplex.training.dead_zone import quantile_and_maximum
 from kcomplex.training.mode import mode
 
@@ -31,40 +31,12 @@ SPECS = {
 }
 
 
-class Block(nn.Module):
-    """Two 3x3 convolutions and the way past them, which has no parameters."""
-
-    def __init__(self, before: int, after: int) -> None:
-        super().__init__()
-        self.stride = after // before
-        self.first = nn.Conv2d(before, after, 3, self.stride, 1, bias=False)
-        self.first_norm = nn.BatchNorm2d(after)
-        self.second = nn.Conv2d(after, after, 3, 1, 1, bias=False)
-        self.second_norm = nn.BatchNorm2d(after)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the block's output."""
-        y = self.second_norm(self.second(self.first_norm(self.first(x)).relu()))
-        if self.stride > 1:
-            missing = y.shape[1] - x.shape[1]
-            x = nn.functional.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, missing // 2, missing // 2))
-        return (x + y).relu()
-
-
-def resnet20() -> nn.Sequential:
-    """Return ResNet-20 for 32x32 images: 269,722 parameters."""
-    widths = [16, 16, 16, 16, 32, 32, 32, 64, 64, 64]
-    blocks = [Block(before, after) for before, after in pairwise(widths)]
-    stem = [nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU()]
-    return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
-
-
 class Loop:
     """A training in progress."""
 
     def __init__(self, spec: str) -> None:
         torch.manual_seed(0)
-        self.model = resnet20()
+        self.model = network("resnet20").build((3, 32, 32), 10)
         self.mode = mode(spec)
         self.mode.prepare(self.model)
         self.optimizer = torch.optim.AdamW(self.mode.parameter_groups(lr=1e-3))
