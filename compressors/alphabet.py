@@ -7,6 +7,7 @@ from typing import Any, TypeAlias, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from kcomplex.compiled import compiled
 from kcomplex.compressors.universal import decode_integers, encode_integers
 from kcomplex.errors import StreamError
 from kcomplex.estimator import Symbols
@@ -113,12 +114,17 @@ def _histogram(flat: Symbols) -> tuple[Symbols, Counts]:
     unsigned = np.dtype(f"u{flat.dtype.itemsize}")
     patterns = flat.view(unsigned)
     counts = np.zeros(1 << 8 * unsigned.itemsize, np.int64)
-    for start in range(0, flat.size, _BLOCK):
-        counts += np.bincount(patterns[start : start + _BLOCK], minlength=counts.size)
+    _count(patterns, counts)
     used = np.flatnonzero(counts)
     words = used.astype(unsigned).view(flat.dtype)
     order = np.argsort(words)
     return words[order], counts[used[order]]
+
+
+@compiled
+def _count(patterns: Symbols, counts: Counts) -> None:
+    for pattern in patterns:
+        counts[pattern] += 1
 
 
 def _runs(ordered: Symbols) -> NDArray[np.intp]:

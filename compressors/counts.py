@@ -8,7 +8,8 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from kcomplex.compressors.universal import decode_integers, encode_integers
+from kcomplex.compiled import compiled, leading_zeros
+from kcomplex.compressors.universal import decode_integers, encode_integers, encoded_size
 from kcomplex.errors import StreamError
 
 Frequencies: TypeAlias = NDArray[np.int64]
@@ -28,21 +29,18 @@ def encode_counts(counts: NDArray[np.integer[Any]]) -> tuple[bytes, Frequencies,
     for: Rissanen, "A universal prior for integers and estimation by minimum description length", Annals of
     Statistics 11, 1983.) The table holds the numbers, or their differences where neighbours are alike.
     """
-    best: tuple[bytes, Frequencies, float] | None = None
+    positive = counts.astype(np.int64)
+    best: tuple[float, int, int] | None = None
     for precision in range(_LARGEST_PRECISION + 1):
-        codes = _rounded(counts, precision)
-        differences = np.diff(codes, prepend=0)
-        table = min(
-            bytes([precision]) + encode_integers(codes.astype(np.uint64)),
-            bytes([precision | _DIFFERENCES]) + encode_integers(_folded(differences)),
-            key=len,
-        )
-        frequencies = _frequencies(codes, precision)
-        bits = _payload_bits(counts, frequencies)
-        if best is None or 8 * len(table) + bits < 8 * len(best[0]) + best[2]:
-            best = table, frequencies, bits
+        codes, _, bits = _rounded(positive, precision)
+        sizes = [encoded_size(codes.astype(np.uint64)), encoded_size(_folded(codes))]
+        trial = 8 * (1 + min(sizes)) + bits, precision, int(sizes[1] < sizes[0])
+        best = trial if best is None or trial[0] < best[0] else best
     assert best is not None
-    return best
+    _, precision, differences = best
+    codes, frequencies, bits = _rounded(positive, precision)
+    table = encode_integers(_folded(codes) if differences else codes.astype(np.uint64))
+    return bytes([precision | differences * _DIFFERENCES]) + table, frequencies, bits
 
 
 def decode_counts(data: bytes, size: int) -> Frequencies:
@@ -63,31 +61,46 @@ def decode_counts(data: bytes, size: int) -> Frequencies:
     return _frequencies(codes, precision)
 
 
-def _payload_bits(counts: NDArray[np.integer[Any]], frequencies: Frequencies) -> float:
-    """Return the bits of symbols with these counts, exact also where one symbol has nearly all of the frequency."""
-    total = frequencies.sum()
-    return float(-(counts * np.log1p((frequencies - total) / total)).sum() / math.log(2))
+@compiled
+def _rounded(counts: NDArray[np.int64], precision: int) -> tuple[NDArray[np.int64], Frequencies, float]:
+    """Return counts as codes, their frequencies, and the bits of symbols with these counts.
+
+    Small counts are their own codes, others exponent and ``precision`` digits after the first.
+    """
+    codes, total = np.empty_like(counts), 0
+    for place in range(counts.size):
+        dropped = max(63 - leading_zeros(counts[place]) - precision, 0)
+        codes[place] = (dropped << precision) + (counts[place] >> dropped)
+    frequencies = _frequencies(codes, precision)
+    for place in range(counts.size):
+        total += frequencies[place]
+    bits = 0.0
+    for place in range(counts.size):
+        # Exact also where one symbol has nearly all of the frequency.
+        bits -= counts[place] * math.log1p((frequencies[place] - total) / total)
+    return codes, frequencies, bits / math.log(2)
 
 
-def _rounded(counts: NDArray[np.integer[Any]], precision: int) -> NDArray[np.int64]:
-    """Return counts as codes: small ones as they are, others as exponent and ``precision`` digits after the first."""
-    exponents = np.frexp(counts.astype(np.float64))[1].astype(np.int64) - 1
-    dropped = np.maximum(exponents - precision, 0)
-    codes: NDArray[np.int64] = (dropped << precision) + (counts.astype(np.int64) >> dropped)
-    return codes
-
-
+@compiled
 def _frequencies(codes: NDArray[np.int64], precision: int) -> Frequencies:
     """Return the middle of the counts that share a code, for each code."""
-    dropped = np.maximum((codes >> precision) - 1, 0)
-    low = (codes - (dropped << precision)) << dropped
-    frequencies: Frequencies = low + ((np.int64(1) << dropped) >> 1)
+    frequencies = np.empty_like(codes)
+    for place in range(codes.size):
+        dropped = max((codes[place] >> precision) - 1, 0)
+        low = (codes[place] - (dropped << precision)) << dropped
+        frequencies[place] = low + ((1 << dropped) >> 1)
     return frequencies
 
 
-def _folded(integers: NDArray[np.int64]) -> NDArray[np.uint64]:
-    """Return integers of either sign as non-negative ones: 0, -1, 1, -2 ... become 0, 1, 2, 3 ..."""
-    return ((integers << 1) ^ (integers >> 63)).astype(np.uint64)
+@compiled
+def _folded(codes: NDArray[np.int64]) -> NDArray[np.uint64]:
+    """Return the differences of codes as non-negative integers: 0, -1, 1, -2 ... become 0, 1, 2, 3 ..."""
+    folded, before = np.empty(codes.size, np.uint64), np.int64(0)
+    for place in range(codes.size):
+        difference = codes[place] - before
+        folded[place] = np.uint64((difference << 1) ^ (difference >> 63))
+        before = codes[place]
+    return folded
 
 
 def _unfolded(integers: NDArray[np.uint64]) -> NDArray[np.int64]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import constriction
 import numpy as np
@@ -94,24 +94,52 @@ class Entropy(Coder):
         symbols: Symbols = words[_decode_indices(reader.rest(), frequencies, size, self.coder)]
         return symbols.reshape(shape)
 
+    def estimate(self, symbols: Symbols) -> float:
+        """Return the bytes of the stream to within eight, without coding: from the symbols' histogram."""
+        bits = bits_needed(symbols) if symbols.size else 0
+        plain = byte_size(symbols.shape, symbols.dtype)
+        rival = min(plain, 1 + packed_size(symbols.size, bits, symbols.dtype))
+        model = _model_of(symbols, rival)
+        return rival if model is None else 1 + len(model.tables) + model.payload_bytes
+
     def _modelled(self, symbols: Symbols, rival: int) -> list[Part] | None:
         """Return the parts with alphabet, frequencies and payload; None where they aren't shorter than a rival."""
-        found = alphabet(symbols, _LARGEST_ALPHABET)
-        if found is None:
+        model = _model_of(symbols, rival)
+        if model is None:
             return None
-        words, counts = found
-        table = encode_alphabet(words)
-        # Too long even with frequencies for nothing: the quick way out for what can't be modelled.
-        if len(table) + _plugin_bits(counts) / 8 >= rival:
+        payload = _encode_indices(positions(symbols, model.words, np.int32), model.frequencies, self.coder)
+        if 1 + len(model.tables) + len(payload) >= rival:
             return None
-        frequency_table, frequencies, bits = encode_counts(counts)
-        if len(table) + len(frequency_table) + bits / 8 >= rival:
-            return None
-        tables = varint(len(table)) + table + varint(len(frequency_table)) + frequency_table
-        payload = _encode_indices(positions(symbols, words, np.int32), frequencies, self.coder)
-        if 1 + len(tables) + len(payload) >= rival:
-            return None
-        return [Part(STRUCTURE, bytes([_MODELLED])), Part("tables", tables), Part("payload", payload)]
+        return [Part(STRUCTURE, bytes([_MODELLED])), Part("tables", model.tables), Part("payload", payload)]
+
+
+class _Model(NamedTuple):
+    """An alphabet, its frequencies, the tables that tell both, and the bytes of the payload, about."""
+
+    words: Symbols
+    frequencies: NDArray[np.int64]
+    tables: bytes
+    payload_bytes: float
+
+
+def _model_of(symbols: Symbols, rival: int) -> _Model | None:
+    """Return the model of symbols; None where tables and payload aren't shorter than a rival."""
+    found = alphabet(symbols, _LARGEST_ALPHABET)
+    if found is None or not symbols.size:
+        return None
+    words, counts = found
+    # Too long even with a bit a frequency: the quick way out for what can't be modelled, and before long tables.
+    payload = (_plugin_bits(counts) + words.size) / 8
+    if payload >= rival:
+        return None
+    table = encode_alphabet(words)
+    if len(table) + payload >= rival:
+        return None
+    frequency_table, frequencies, bits = encode_counts(counts)
+    if len(table) + len(frequency_table) + bits / 8 >= rival:
+        return None
+    tables = varint(len(table)) + table + varint(len(frequency_table)) + frequency_table
+    return _Model(words, frequencies, tables, bits / 8)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from kcomplex.compiled import compiled, leading_zeros
 from kcomplex.errors import StreamError
 
 Integers: TypeAlias = NDArray[np.uint64]
@@ -31,16 +32,17 @@ def encode_integers(integers: NDArray[np.unsignedinteger[Any]]) -> bytes:
     if not values.size:
         return b""
     order = _best_order(values)
-    shifted = values + (np.uint64(1) << np.uint64(order))
-    digits = _bit_length(shifted) - 1
-    ends = np.cumsum(digits - order + 1)
-    prefixes = np.zeros(int(ends[-1]), np.uint8)
-    prefixes[ends - 1] = 1
-    planes = [
-        ((shifted[digits > place] >> np.uint64(place)) & np.uint64(1)).astype(np.uint8)
-        for place in range(int(digits.max()))
-    ]
-    return bytes([order]) + np.packbits(np.concatenate([prefixes, *planes])).tobytes()
+    data = np.zeros(-(-int(_lengths(values, order, order + 1)[0]) // 8), np.uint8)
+    _write(values, order, data)
+    return bytes([order]) + data.tobytes()
+
+
+def encoded_size(integers: Integers) -> int:
+    """Return the bytes of what `encode_integers` returns."""
+    if not integers.size:
+        return 0
+    order = _best_order(integers)
+    return 1 - (-int(_lengths(integers, order, order + 1)[0]) // 8)
 
 
 def decode_integers(data: bytes, count: int) -> Integers:
@@ -77,14 +79,42 @@ def decode_integers(data: bytes, count: int) -> Integers:
 def _best_order(values: Integers) -> int:
     """Return the order that codes a sample of the values shortest, of those with which none exceeds 64 bits."""
     largest = int(values.max())
-    orders = range(min(largest.bit_length(), ((1 << 64) - 1 - largest).bit_length() - 1, _LARGEST_ORDER) + 1)
-    sample = values[:: max(1, values.size // _SAMPLE)]
-    lengths = [
-        2 * int(_bit_length(sample + (np.uint64(1) << np.uint64(order))).sum()) - order * sample.size
-        for order in orders
-    ]
-    return lengths.index(min(lengths))
+    orders = min(largest.bit_length(), ((1 << 64) - 1 - largest).bit_length() - 1, _LARGEST_ORDER) + 1
+    sample = np.ascontiguousarray(values[:: max(1, values.size // _SAMPLE)])
+    return int(np.argmin(_lengths(sample, 0, orders)))
 
 
-def _bit_length(values: Integers) -> NDArray[np.intp]:
-    return np.searchsorted(_POWERS, values, side="right")
+@compiled
+def _bit_length(value: np.uint64) -> int:
+    return 64 - leading_zeros(int(np.int64(value)))
+
+
+@compiled
+def _lengths(values: Integers, first: int, last: int) -> NDArray[np.int64]:
+    """Return the bits that values take with each of some orders."""
+    lengths = np.zeros(last - first, np.int64)
+    for place in range(lengths.size):
+        offset = np.uint64(1) << np.uint64(first + place)
+        for value in values:
+            lengths[place] += 2 * _bit_length(value + offset) - 1
+        lengths[place] -= (first + place) * values.size
+    return lengths
+
+
+@compiled
+def _write(values: Integers, order: int, data: NDArray[np.uint8]) -> None:
+    """Set the bits of prefixes and digits in zeroed bytes, the highest of a byte first."""
+    offset, position, longest = np.uint64(1) << np.uint64(order), -1, 0
+    for value in values:
+        digits = _bit_length(value + offset) - 1
+        position += digits - order + 1
+        data[position >> 3] |= np.uint8(128 >> (position & 7))
+        longest = max(longest, digits)
+    for place in range(longest):
+        lowest = np.uint64(1) << np.uint64(place)
+        for value in values:
+            shifted = value + offset
+            if shifted >= lowest << np.uint64(1):
+                position += 1
+                if shifted & lowest:
+                    data[position >> 3] |= np.uint8(128 >> (position & 7))
