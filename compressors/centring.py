@@ -16,7 +16,13 @@ def centre(symbols: Symbols) -> int:
     """
     step = max(1, symbols.size // _SAMPLE)
     sample = symbols.reshape(-1)[::step].astype(np.int64)
-    words, counts = np.unique(sample, return_counts=True)
+    lowest = int(sample.min())
+    if int(sample.max()) - lowest < _SAMPLE:
+        counts = np.bincount(sample - lowest)
+        words = np.flatnonzero(counts) + lowest
+        counts = counts[words - lowest]
+    else:
+        words, counts = np.unique(sample, return_counts=True)
     candidates = [int(words[np.argmax(counts)]), int(words[np.searchsorted(2 * np.cumsum(counts), sample.size)])]
     if words[0] <= 0 <= words[-1]:
         candidates.insert(0, 0)

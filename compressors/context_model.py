@@ -80,7 +80,8 @@ class Histograms(NamedTuple):
     counts
         uint32 of shape (bins, alphabet).
     cumulative
-        uint32 of shape (bins, alphabet + 1): the probabilities in use, summed up, in 1/2**20.
+        uint32 of shape (bins, alphabet + 1): the probabilities in use, summed up, in 1/2**20; zeros of a bin that
+        nothing fell in yet.
     guesses
         uint16 of shape (bins, 1024): the first symbol that a decoder's value may stand for; no columns for an encoder.
     priors
@@ -265,8 +266,6 @@ def _code_rows(
     height, width = rows.shape
     zero = -smallest
     bins = counts.shape[0] // 2 if tilted else counts.shape[0]
-    for place in range(counts.shape[0]):
-        _learn(counts[place], priors[place], cumulative[place], guesses[place], states[place], zero)
     for column in range(width):
         columns.logarithm[column] = _logarithm(scale, tables.logarithms)
     low, span, view, position = _U0, _ALL, _U0, 0
@@ -292,6 +291,9 @@ def _code_rows(
                 place += bins
                 mirrored = columns.tilt[j] < 0
             known = cumulative[place]
+            # Of most bins, a short matrix needs no table.
+            if known[counts.shape[1]] == 0:
+                _learn(counts[place], priors[place], known, guesses[place], states[place], zero)
             part = span >> _U20
             if decoding:
                 slot = min(int(np.int64(view // part)), _ONE - 1)
