@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from kcomplex.compressors.alphabet import alphabet
 from kcomplex.compressors.block_labels import block_keys, label_keys
 from kcomplex.compressors.codebook import bits_of
 from kcomplex.weights import TensorHandle, Words, values_of, words_of
@@ -16,19 +18,29 @@ from kcomplex.weights import TensorHandle, Words, values_of, words_of
 # Block sizes that are tried where none is given, and how many words of all tensors they are tried on.
 LARGEST_FOUND = 64
 _SAMPLED_WORDS = 1 << 22
-# A tensor is tried whole at a size if, of so many blocks of all tensors, this share of its own repeats one, and if
-# their entropy is at most this share of their words'.
-_SAMPLED_BLOCKS, _FEWEST_BLOCKS = 1 << 14, 64
+# A tensor is tried whole at a size if, first of a small share of all tensors' blocks and then of a larger one, some of
+# its own repeat one, and if their entropy is at most some of their words'. What is shorter as a mosaic shows itself
+# even in a sixteenth: it has fewer distinct blocks than half of all.
+_FIRST_SHARE, _SECOND_SHARE = 1 / 16, 1 / 4
+_SAMPLED_BLOCKS, _FEWEST_BLOCKS = 1 << 10, 64
 _REPEATING, _SHORTER = 1 / 32, 0.9
 
 
 @dataclass(frozen=True)
 class _Sample:
-    """The beginning of a tensor: the bit patterns of its values, and what they cost word by word."""
+    """The beginning of a tensor: its words, and the bit patterns of its values."""
 
+    words: Words
     patterns: Words
-    length: float
-    word_bits: int
+
+    @cached_property
+    def length(self) -> float:
+        """What they cost word by word."""
+        return _word_length(self.words)
+
+    @property
+    def word_bits(self) -> int:
+        return 8 * self.words.itemsize
 
 
 def best_block_size(groups: Sequence[Sequence[TensorHandle]]) -> int | None:
@@ -53,9 +65,9 @@ def best_block_size(groups: Sequence[Sequence[TensorHandle]]) -> int | None:
         divisor = next((size // prime for prime in range(2, size) if size % prime == 0), 1)
         repeating[size], found = [], 0.0
         for group in repeating[divisor]:
-            repeats, shorter = _promising(group, size)
+            repeats, shorter = _promising(group, size, _FIRST_SHARE)
             repeating[size].append(repeats)
-            found += _saved(shorter, size)
+            found += _saved(_promising(shorter, size, _SECOND_SHARE)[1], size)
         if found > saved:
             best, saved = size, found
     return best
@@ -65,33 +77,43 @@ def _samples(group: Sequence[TensorHandle], share: float) -> list[_Sample]:
     """Return the beginnings of tensors, without those in which hardly a word, and so no block, occurs twice."""
     heads = [handle.read().reshape(-1)[: int(handle.elements * share)] for handle in group]
     patterns = [bits_of(values_of(head)) for head in heads]
-    labels, counts = _labelled([block_keys(words[:, None]) for words in patterns])
+    keys = _sampled_keys([words[:, None] for words in patterns], _FIRST_SHARE)
+    labels, counts = _labelled(keys)
     return [
-        _Sample(words, _word_length(words_of(head)), 8 * head.dtype.itemsize)
-        for head, words, own in zip(heads, patterns, labels, strict=True)
-        if _repeats(words[:, None], counts[own])
+        _Sample(words_of(head), words)
+        for head, words, part, own in zip(heads, patterns, keys, labels, strict=True)
+        if _repeats(part, counts[own])
     ]
 
 
-def _promising(group: Sequence[_Sample], size: int) -> tuple[list[_Sample], list[_Sample]]:
-    """Return the tensors whose first blocks repeat, and those of them whose first blocks tell less than their words."""
-    blocks = [_blocks(sample.patterns, size)[0] for sample in group]
-    share = min(1.0, _SAMPLED_BLOCKS / max(sum(map(len, blocks)), 1))
-    heads = [rows[: max(int(share * len(rows)), _FEWEST_BLOCKS)] for rows in blocks]
-    labels, counts = _labelled([block_keys(rows) for rows in heads])
+def _promising(group: Sequence[_Sample], size: int, share: float) -> tuple[list[_Sample], list[_Sample]]:
+    """Return the tensors whose first blocks repeat, and those that may be shorter as a mosaic than as words."""
+    if not group:
+        return [], []
+    keys = _sampled_keys([_blocks(sample.patterns, size)[0] for sample in group], share)
+    labels, counts = _labelled(keys)
     costs = np.log2(counts.sum() / counts)
     repeating, shorter = [], []
-    for sample, rows, own in zip(group, heads, labels, strict=True):
-        if _repeats(rows, counts[own]):
+    for sample, part, own in zip(group, keys, labels, strict=True):
+        if _repeats(part, counts[own]):
             repeating.append(sample)
-            if float(costs[own].sum()) <= _SHORTER * sample.length / sample.patterns.size * rows.size:
+            # Of all blocks, the indices are no shorter than the first ones', and the distinct ones no fewer.
+            indices = float(costs[own].sum()) / part.size * (sample.patterns.size // size)
+            motifs = sample.word_bits * size * float((1.0 / counts[own]).sum())
+            if indices <= _SHORTER * sample.length and indices + motifs <= sample.length:
                 shorter.append(sample)
     return repeating, shorter
 
 
-def _repeats(rows: Words, uses: NDArray[np.int64]) -> bool:
+def _sampled_keys(blocks: Sequence[Words], share: float) -> list[NDArray[np.uint64]]:
+    """Return the keys of the first blocks of each tensor."""
+    share = min(1.0, max(share, _SAMPLED_BLOCKS / max(sum(map(len, blocks)), 1)))
+    return [block_keys(rows[: max(int(share * len(rows)), _FEWEST_BLOCKS)]) for rows in blocks]
+
+
+def _repeats(keys: NDArray[np.uint64], uses: NDArray[np.int64]) -> bool:
     """Return whether many blocks are used several times, zero left aside."""
-    return bool(((uses > 1) & rows.any(axis=1)).sum() > _REPEATING * len(rows))
+    return bool(np.count_nonzero((uses > 1) & (keys != 0)) > _REPEATING * keys.size)
 
 
 def _saved(group: Sequence[_Sample], size: int) -> float:
@@ -166,9 +188,8 @@ def repeated_blocks(
     keys = [block_keys(_blocks(bits_of(handle.values()).reshape(-1), block_size)[0]) for handle in handles]
     labels, counts = _labelled(keys)
     zero = np.zeros(counts.size, np.bool_)
-    zero_key = block_keys(np.zeros((1, block_size), f"u{dtype.itemsize}"))[0]
     for own, part in zip(labels, keys, strict=True):
-        zero[own[part == zero_key]] = True
+        zero[own[part == 0]] = True
     kept = _worthwhile(handles, dict(enumerate(labels)), zero, block_size)
     return _collect([(handles[index], labels[index]) for index in kept], zero, block_size, dtype)
 
@@ -202,7 +223,8 @@ def _worthwhile(
 
 def _word_length(words: Words) -> float:
     """Return the bits of words at their empirical entropy with a table of the distinct ones, or plain if shorter."""
-    _, counts = label_keys(block_keys(words[:, None]))
+    found = alphabet(words, words.size) if words.itemsize <= 2 else None
+    counts = label_keys(block_keys(words[:, None]))[1] if found is None else found[1]
     entropy = float((counts * np.log2(words.size / counts)).sum())
     return min(8.0 * words.nbytes, entropy + 8.0 * words.itemsize * len(counts))
 
