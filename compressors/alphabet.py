@@ -33,7 +33,7 @@ def alphabet(symbols: Symbols, limit: int) -> tuple[Symbols, Counts] | None:
     """
     flat = np.ascontiguousarray(symbols).reshape(-1)
     if flat.dtype.itemsize <= _NARROW:
-        words, counts = _histogram(flat)
+        words, counts = _counted(flat)
         return (words, counts) if words.size <= limit else None
     # A part has no more distinct symbols than the whole: most tensors that exceed the limit are found out early.
     if flat.size > 4 * limit and _runs(np.sort(flat[: 2 * limit])).size > limit:
@@ -110,13 +110,18 @@ def decode_alphabet(data: bytes, dtype: np.dtype[Any], limit: int) -> Symbols:
     return words
 
 
-def _histogram(flat: Symbols) -> tuple[Symbols, Counts]:
-    unsigned = np.dtype(f"u{flat.dtype.itemsize}")
-    patterns = flat.view(unsigned)
-    counts = np.zeros(1 << 8 * unsigned.itemsize, np.int64)
+def histogram(symbols: Symbols) -> Counts:
+    """Return how often each bit pattern occurs among integers of one or two bytes."""
+    patterns = np.ascontiguousarray(symbols).reshape(-1).view(f"u{symbols.dtype.itemsize}")
+    counts = np.zeros(1 << 8 * patterns.itemsize, np.int64)
     _count(patterns, counts)
+    return counts
+
+
+def _counted(flat: Symbols) -> tuple[Symbols, Counts]:
+    counts = histogram(flat)
     used = np.flatnonzero(counts)
-    words = used.astype(unsigned).view(flat.dtype)
+    words = used.astype(f"u{flat.dtype.itemsize}").view(flat.dtype)
     order = np.argsort(words)
     return words[order], counts[used[order]]
 

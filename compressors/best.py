@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cache, partial
 from typing import ClassVar, Literal, cast
 
 import torch
 
+from kcomplex.compressors.race import Entrant, View, promising
 from kcomplex.description import STRUCTURE
 from kcomplex.errors import StreamError
 from kcomplex.estimator import Code, EncodedTensor, Part, Shape
@@ -40,12 +40,6 @@ _TIERS = {
 # What a mosaic must be shorter than, with its motifs.
 _RIVALS = tuple(map(_MEMBERS.index, ("palette|entropy", "planes|zstd", "palette|context")))
 
-# Long tensors are tried on about so many weights, then on more. Members stay in the race while they may end within the
-# given factor of the shortest; one that learns as it goes gets better than its beginning tells.
-_ROUNDS = ((1 << 13, 1.25, 1.5), (1 << 15, 1.01, 1.1), (1 << 17, 1.002, 1.03))
-# A round is worth its time on tensors of at least so many times its weights.
-_WORTH = 4
-
 
 @dataclass(frozen=True)
 class Best(Code):
@@ -59,10 +53,10 @@ class Best(Code):
 
     Notes
     -----
-    Tensors of up to 32768 weights are coded by every member. Longer ones are first tried on 8192 weights from their
-    middle, then on 32768 and 131072, and only members that may still become the shortest go on to the next. A
-    mosaic is tried whole wherever the network has repeated blocks, and left out where its motifs take more than it
-    saves.
+    Members that count words are measured by the tensor's histogram, and only coded if they win. The others code tensors
+    of up to 32768 weights whole. Longer ones they are first tried on a sixteenth of, then on a quarter, and only those
+    that may still become the shortest go on. A mosaic is tried whole wherever the network has repeated blocks, and left
+    out where its motifs take more than it saves.
     """
 
     tier: Literal["fast", "tight"] = "fast"
@@ -121,19 +115,30 @@ class _Search(Code):
         """Return the shortest stream with its choice before it; nothing of a tensor without weights."""
         if not handle.elements:
             return EncodedTensor([])
-        racing = [place for place in _TIERS[self.best.tier] if place != _MOSAIC]
-        members = [*self._race(handle, racing), *([_MOSAIC] if shared else [])]
-        found: tuple[int, EncodedTensor, Code] | None = None
-        for place in members:
-            coder = self._trial(place)
-            encoded = coder.encode_tensor(handle, shared if place == _MOSAIC else b"")
+        view = View(handle)
+        entrants = [
+            Entrant(place, view, _member(place), partial(self._trial, place))
+            for place in _TIERS[self.best.tier]
+            if place != _MOSAIC
+        ]
+        mosaic = [Entrant(_MOSAIC, view, _member(_MOSAIC), partial(self._trial, _MOSAIC))] if shared else []
+        return self._shortest([*promising(entrants), *((0.0, entrant) for entrant in mosaic)], shared)
+
+    def _shortest(self, entrants: list[tuple[float, Entrant]], shared: bytes) -> EncodedTensor:
+        """Return the shortest stream of some entrants; those that promise no less than one that is coded aren't."""
+        found: tuple[Entrant, EncodedTensor, Code] | None = None
+        for promise, entrant in entrants:
+            if found is not None and promise >= _size(found[1]):
+                continue
+            coder = entrant.trial()
+            encoded = entrant.view.encode(coder, shared if entrant.choice == _MOSAIC else b"")
             if found is None or _size(encoded) < _size(found[1]):
-                found = place, encoded, coder
+                found = entrant, encoded, coder
         assert found is not None
-        place, encoded, coder = found
+        entrant, encoded, coder = found
         if coder.sequential:
-            self.learning[place] = coder
-        return EncodedTensor([Part(STRUCTURE, bytes([place])), *encoded.parts])
+            self.learning[entrant.choice] = coder
+        return EncodedTensor([Part(STRUCTURE, bytes([entrant.choice])), *encoded.parts])
 
     def decode_tensor(self, data: bytes, dtype: torch.dtype, shape: Shape, shared: bytes) -> torch.Tensor:
         """Return the tensor, decoded by the member that coded it."""
@@ -156,45 +161,6 @@ class _Search(Code):
         if not member.sequential:
             return member
         return copy.deepcopy(self.learning[place]) if place in self.learning else member.fresh()
-
-    def _race(self, handle: TensorHandle, members: list[int]) -> list[int]:
-        """Return the members that code the whole tensor."""
-        earlier: dict[int, int] = {}
-        before = 0
-        for sample, margins in _samples(handle):
-            lengths = {place: _length(self._trial(place), sample, b"") for place in members}
-            # What stands before the weights (tables) doesn't grow with them: the end follows from two lengths.
-            ends = {
-                place: length
-                + (length - earlier.get(place, 0)) / (sample.elements - before) * (handle.elements - sample.elements)
-                for place, length in lengths.items()
-            }
-            least = min(ends.values())
-            members = [place for place in members if ends[place] <= least * margins[_member(place).sequential]]
-            if len(members) == 1:
-                break
-            earlier, before = lengths, sample.elements
-        return members
-
-
-def _samples(handle: TensorHandle) -> Iterator[tuple[TensorHandle, tuple[float, float]]]:
-    """Yield longer and longer pieces from the middle of a long tensor with the margins that members have on them."""
-    if not handle.shape:
-        return
-    row = max(handle.elements // handle.shape[0], 1)
-    before = 0
-    for size, margin, learning in _ROUNDS:
-        rows = max(1, size // row)
-        if rows <= before or handle.elements < _WORTH * rows * row:
-            continue
-        start = (handle.shape[0] - rows) // 2
-        part = handle.read()[start : start + rows]
-        yield replace(handle, shape=tuple(part.shape), load=partial(_itself, part)), (margin, learning)
-        before = rows
-
-
-def _itself(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor
 
 
 @cache

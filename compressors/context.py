@@ -31,7 +31,7 @@ from kcomplex.structure import Reader, varint
 
 # What the first byte of a stream says: the position of the settings, plus these.
 _TRANSPOSED, _TILTED, _TOKENS, _MODELLED = 16, 32, 64, 128
-# The direction is tried out on a corner of so many rows and columns.
+# The direction is tried out on a corner of so many rows and columns, or half as many of a matrix that is short.
 _CORNER = 128
 # Rows in which column means are looked for.
 _SAMPLED_ROWS = 64
@@ -146,8 +146,9 @@ def _layout(matrix: Integers, flat: bool) -> tuple[int, Integers] | None:
     if 2 * nonzero < matrix.size:
         choice = 2 if nonzero < _FEW * alphabet else 1
     if min(matrix.shape) > 1:
-        corner = matrix[:_CORNER, :_CORNER]
-        lengths = [len(_encode_matrix(np.ascontiguousarray(side), choice)[1]) for side in (corner, corner.T)]
+        side = _CORNER if matrix.size >= 8 * _CORNER**2 else _CORNER // 2
+        corner = matrix[:side, :side]
+        lengths = [len(_encode_matrix(np.ascontiguousarray(turned), choice)[1]) for turned in (corner, corner.T)]
         if flat and min(lengths) >= corner.size:
             return None
         if lengths[1] < lengths[0]:

@@ -94,13 +94,13 @@ class Entropy(Coder):
         symbols: Symbols = words[_decode_indices(reader.rest(), frequencies, size, self.coder)]
         return symbols.reshape(shape)
 
-    def estimate(self, symbols: Symbols) -> float:
-        """Return the bytes of the stream to within eight, without coding: from the symbols' histogram."""
-        bits = bits_needed(symbols) if symbols.size else 0
+    def estimate(self, symbols: Symbols) -> tuple[float, float]:
+        """Return the bytes of tables and payload, hardly more than they are, without coding: from a histogram."""
         plain = byte_size(symbols.shape, symbols.dtype)
+        bits = bits_needed(symbols) if symbols.size else 0
         rival = min(plain, 1 + packed_size(symbols.size, bits, symbols.dtype))
         model = _model_of(symbols, rival)
-        return rival if model is None else 1 + len(model.tables) + model.payload_bytes
+        return (0.0, rival) if model is None else (len(model.tables), 1 + model.payload_bytes)
 
     def _modelled(self, symbols: Symbols, rival: int) -> list[Part] | None:
         """Return the parts with alphabet, frequencies and payload; None where they aren't shorter than a rival."""

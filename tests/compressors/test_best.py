@@ -7,10 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kcomplex.compressors import best as best_module
 from kcomplex.compressors.best import _MEMBERS, _TIERS, Best
+from kcomplex.compressors.race import View
 from kcomplex.errors import StreamError
-from kcomplex.measure import describe
 from kcomplex.pipeline import build_estimator
 from kcomplex.stream import decode_checkpoint, encode_checkpoint
 from kcomplex.weights import open_weights, words_of
@@ -83,21 +82,36 @@ def test_tight_picks_prediction_and_long_repeats():
     assert chosen({"related": (related * 16).round().to(torch.int8)}, "tight") == {"related": "lin"}
 
 
-def test_long_tensors_are_tried_on_pieces_and_coded_by_few(monkeypatch):
-    tensor = (rows_of_scales(700, 300) * 4).round().clamp(-100, 100) * 0.25
-    coded = []
-    original = best_module._length
+LONG = {
+    "rows of scales": (rows_of_scales(700, 300) * 4).round().clamp(-100, 100) * 0.25,
+    "columns of scales": (rows_of_scales(300, 700) * 4).round().clamp(-100, 100).T.contiguous().to(torch.int8),
+    "gaussian": noise(400, 256),
+    "half": noise(400, 256, seed=6).bfloat16(),
+    "sparse": noise(400, 256, seed=5) * (noise(400, 256, seed=1) > 1.5),
+    "bytes": torch.randint(0, 256, (200, 512), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)),
+    "repeated": noise(10, 512, seed=7).repeat(20, 1),
+    "vector": (noise(100_000, seed=3) * 3).round(),
+    "constant": torch.ones(300, 200),
+    "complex": torch.complex(noise(200, 200, seed=4), noise(200, 200, seed=5)),
+}
 
-    def counting(code, handle, shared):
-        coded.append((code.spec, handle.elements))
-        return original(code, handle, shared)
 
-    monkeypatch.setattr(best_module, "_length", counting)
-    assert chosen({"w": tensor}) == {"w": "palette|context"}
-    assert {elements for _, elements in coded} == {27 * 300, 109 * 300}
-    assert [spec for spec, elements in coded if elements == 109 * 300] != [spec for spec, _ in coded[: len(coded) // 2]]
-    alone = describe({"w": tensor}, "palette|context")[0].bits
-    assert describe({"w": tensor}, "best")[0].bits <= alone + 8 * 8
+@pytest.mark.parametrize("name", LONG)
+def test_long_tensors_are_coded_whole_by_few_and_hardly_longer_than_by_the_best(name, monkeypatch):
+    tensor, whole = LONG[name], []
+    encode = View.encode
+
+    def counting(view, code, shared=b""):
+        whole.append(view.handle.elements == tensor.numel())
+        return encode(view, code, shared)
+
+    handle = open_weights({name: tensor})[name]
+    members = [build_estimator(_MEMBERS[place]) for place in _TIERS["fast"] if not _MEMBERS[place].startswith("mosaic")]
+    least = min(len(member.fresh().encode_tensor(handle, b"").to_bytes()) for member in members)
+    monkeypatch.setattr(View, "encode", counting)
+    assert len(Best().encode_tensor(handle, b"").to_bytes()) <= 1.001 * least + 9
+    assert sum(whole) <= 3
+    assert set(chosen({name: tensor})) == {name}
 
 
 def test_trials_leave_no_trace_in_what_is_learned():
