@@ -58,7 +58,7 @@ _ALONE, _AS_NUMBERS, _AS_PALETTE = 0, 1, 2
 _UNLIKE, _ALIKE = 0.005, 0.15
 # Floats with so few values, each often enough, are a table and integers.
 _MOST_VALUES = 4096
-_FEWEST_USES = 16
+_FEWEST_USES = 4
 
 
 def new_integer_memory() -> Memory:

@@ -10,12 +10,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kcomplex.compressors.alphabet import alphabet, decode_alphabet, encode_alphabet, positions
+from kcomplex.compressors.lattice import decode_lattice, encode_lattice
 from kcomplex.errors import StreamError
 from kcomplex.estimator import Layout, Shape, Symbols, Transform
 
 _PASSED_THROUGH = b"\x00"
 _ASCENDING = b"\x01"
 _AS_FLOATS = b"\x02"
+_LATTICE = b"\x03"
 
 
 @dataclass(frozen=True)
@@ -24,9 +26,11 @@ class Palette(Transform):
 
     The side information is the table of distinct words; the stream holds each word's position in it, in the smallest
     unsigned dtype and the symbols' shape. The positions follow the words as integers or, where that brings them closer
-    together, as floats (sign and magnitude), so that coders of numbers find numbers. Symbols for which table and
-    indices wouldn't be shorter than the plain words (K distinct ones of N symbols of w bits:
-    ``K w + N ceil(log2 K) >= N w``) pass through unchanged, for one byte.
+    together, as floats (sign and magnitude), so that coders of numbers find numbers. Floats that are whole multiples
+    of one step, as uniform quantisers leave them, have a table of the step and the multiples.
+
+    Symbols for which plain table and indices wouldn't be shorter than the plain words (K distinct ones of N symbols of
+    w bits: ``K w + N ceil(log2 K) >= N w``) pass through unchanged, for one byte.
     """
 
     name: ClassVar[str] = "palette"
@@ -44,7 +48,11 @@ class Palette(Transform):
             rank = np.empty_like(order)
             rank[order] = np.arange(order.size)
             indices = rank.astype(indices.dtype)[indices]
-        return flag + encode_alphabet(words), [indices.reshape(symbols.shape)]
+        side, lattice = flag + encode_alphabet(words), encode_lattice(words)
+        # A lattice is in the order of floats.
+        if lattice is not None and len(lattice) + 1 < len(side) and (order is None or flag == _AS_FLOATS):
+            side = _LATTICE + lattice
+        return side, [indices.reshape(symbols.shape)]
 
     def table(self, side: bytes, shape: Shape, dtype: np.dtype[Any]) -> Symbols | None:
         """Return the words that indices stand for; None where the symbols passed through.
@@ -77,10 +85,12 @@ def _table(side: bytes, shape: Shape, dtype: np.dtype[Any]) -> Symbols | None:
     """Return the words of a table; None where the symbols passed through."""
     if side == _PASSED_THROUGH:
         return None
-    if not side.startswith((_ASCENDING, _AS_FLOATS)):
+    if not side.startswith((_ASCENDING, _AS_FLOATS, _LATTICE)):
         raise StreamError("palette: the side information is corrupted")
-    size = math.prod(shape)
-    words = decode_alphabet(side[1:], dtype, _largest_palette(size, 8 * dtype.itemsize))
+    limit = _largest_palette(math.prod(shape), 8 * dtype.itemsize)
+    if side.startswith(_LATTICE):
+        return decode_lattice(side[1:], dtype, limit)
+    words = decode_alphabet(side[1:], dtype, limit)
     if side.startswith(_ASCENDING):
         return words
     order = _float_order(words)
