@@ -27,6 +27,7 @@ from kcomplex.estimator import Code, EncodedTensor, Estimator
 from kcomplex.files import refuse_overwriting, replacing
 from kcomplex.formats.safetensors_file import original_layout, safetensors_header
 from kcomplex.given import GivenSource
+from kcomplex.memory import require_memory
 from kcomplex.parallel import in_order
 from kcomplex.pieces import Piece, handles_of
 from kcomplex.pipeline import build_decoder, build_estimator
@@ -206,6 +207,10 @@ class Container:
     def _joined(self, entry: TensorEntry, decoder: Code, wanted: list[int]) -> torch.Tensor:
         if len(wanted) == 1:
             return self._decoded(decoder, self._streams[wanted[0]])
+        try:
+            require_memory([entry])
+        except StreamError as error:
+            raise StreamError(f"{self.path}: the tensor {entry.names[0]!r} can't be decoded: {error}") from error
         data = torch.empty(math.prod(entry.shape) * entry.dtype.itemsize, dtype=torch.uint8)
         for index in wanted:
             start, stop, _ = self._streams[index].piece
@@ -217,8 +222,10 @@ class Container:
         entry = self.entries[stream.tensor]
         what = f"the tensor {entry.names[0]!r}"
         try:
+            piece = replace(entry, shape=stream.piece.shape)
+            require_memory([piece])
             data = self._section(stream.offset, stream.length, stream.digest, what)
-            return decoder.decode_entry(data, replace(entry, shape=stream.piece.shape), self._shared)
+            return decoder.decode_entry(data, piece, self._shared)
         except (StreamError, MemoryError) as error:
             problem = str(error) or "it claims more memory than there is"
             raise StreamError(f"{self.path}: {what} can't be decoded: {problem}") from error

@@ -9,6 +9,7 @@ from kcomplex.description import Description, TensorDescription
 from kcomplex.errors import StreamError, VerificationError, WeightsError
 from kcomplex.estimator import Code, Estimator
 from kcomplex.given import GivenCode, GivenSource
+from kcomplex.memory import require_memory
 from kcomplex.pipeline import build_decoder, build_estimator
 from kcomplex.structure import decode_structure, encode_structure
 from kcomplex.weights import Source, TensorHandle, open_weights, values_of, words_of
@@ -59,6 +60,7 @@ def decode_checkpoint(data: bytes, *, given: GivenSource | None = None) -> dict[
     expected = position + sum(entry.length for entry in structure.tensors)
     if len(data) != expected:
         raise StreamError(f"the stream has {len(data)} bytes where its structure announces {expected}")
+    require_memory(structure.tensors)
     shared = data[structure.size : position]
     decoder = code.fresh()
     tensors = {}

@@ -2,19 +2,24 @@
 
 import json
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 import kcomplex as kc
+from kcomplex import memory
 from kcomplex.compressors.context import Context
 from kcomplex.container import Container, decode_file, encode_file
-from kcomplex.container_index import _read_notes
+from kcomplex.container_index import MAGIC, _read_notes, _trailer, digest_of
 from kcomplex.errors import KComplexError, SpecError, StreamError
+from kcomplex.estimator import CHUNK_WORDS
 from kcomplex.given import Given
 from kcomplex.pipeline import build_decoder
 from kcomplex.quantisation import quantise_file
+from kcomplex.structure import encode_structure, varint
+from kcomplex.weights import TensorHandle, Weights
 
 
 def weights(seed: int = 0) -> dict[str, torch.Tensor]:
@@ -90,6 +95,61 @@ def test_a_middle_beyond_64_bits_is_refused(coder):
     beyond = stream[:1] + b"\x80" * 9 + b"\x7e" + stream[2:]
     with pytest.raises(StreamError, match="counted from"):
         code.decode(beyond, (50, 80), symbols.dtype)
+
+
+def write_constant(path: Path, version: int, spec: str, elements: int) -> None:
+    """Write a file of one constant tensor of int8 in one piece: a few bytes for every 16 million weights."""
+    coder = kc.build_estimator(spec)
+    one = coder.encode_tensor(TensorHandle("w", (1000,), torch.int8, lambda: torch.ones(1000, dtype=torch.int8)), b"")
+    chunks = elements // CHUNK_WORDS
+    data = bytes([len(one.to_bytes())]) * (chunks - 1) + one.to_bytes() * chunks
+    announced = Weights([TensorHandle("w", (elements,), torch.int8, lambda: torch.empty(0))])
+    index = encode_structure(coder.full_spec, announced, 0, [len(data)]) + (b"" if version == 1 else varint(0))
+    index += digest_of(b"") + digest_of(data) + zlib.compress(b"{}")
+    head = MAGIC + bytes([version])
+    path.write_bytes(head + data + index + _trailer(head, index))
+
+
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("spec", ["context", "entropy", "palette|context", "uniform:bits=4|context"])
+def test_a_constant_tensor_claims_no_more_memory_than_there_is(version, spec, tmp_path):
+    path = tmp_path / "w.kcz"
+    write_constant(path, version, spec, 2 * CHUNK_WORDS)
+    with Container(path) as container:
+        assert torch.equal(container.tensor("w"), torch.ones(2 * CHUNK_WORDS, dtype=torch.int8))
+    write_constant(path, version, spec, 1 << 45)
+    with Container(path) as container:
+        with pytest.raises(StreamError, match=r"'w' can't be decoded: it claims 70368.7 GB of memory"):
+            container.tensor("w")
+        with pytest.raises(StreamError, match="claims"):
+            next(container.pieces())
+    with pytest.raises(StreamError, match="claims"):
+        decode_file(path, tmp_path / "back.safetensors")
+    assert not (tmp_path / "back.safetensors").exists()
+
+
+def test_tensors_together_claim_no_more_memory_than_there_is(monkeypatch):
+    stream = kc.encode_checkpoint({name: torch.zeros(CHUNK_WORDS, dtype=torch.int8) for name in "abcdef"}, "context")
+    assert len(kc.decode_checkpoint(stream)) == 6
+    monkeypatch.setattr(memory, "free_memory", lambda: 6 * CHUNK_WORDS)
+    with pytest.raises(StreamError, match=r"claims .* of memory where"):
+        kc.decode_checkpoint(stream)
+    monkeypatch.setattr(memory, "free_memory", lambda: None)
+    assert len(kc.decode_checkpoint(stream)) == 6
+
+
+def test_free_memory_is_what_the_system_tells(monkeypatch, tmp_path):
+    told = tmp_path / "meminfo"
+    told.write_text("MemTotal: 9 kB\nMemAvailable:  5 kB\n")
+    monkeypatch.setattr(memory, "_KERNEL", told)
+    monkeypatch.setattr(memory, "_GROUP", tmp_path / "absent")
+    assert memory.free_memory() == 5 * 1024
+    monkeypatch.setattr(memory, "_GROUP", tmp_path / "group")
+    for text, free in (("max", 5 * 1024), ("3000", 3000)):
+        (tmp_path / "group").write_text(text)
+        assert memory.free_memory() == free
+    monkeypatch.setattr(memory, "_KERNEL", tmp_path / "absent")
+    assert memory.free_memory() == 3000
 
 
 @pytest.mark.parametrize(
