@@ -32,7 +32,7 @@ def free_memory() -> int | None:
 
 
 def require_memory(entries: Iterable[TensorEntry]) -> None:
-    """Refuse tensors that do not fit in the free memory, with the largest of them twice: it is put together from pieces.
+    """Refuse tensors that do not fit in the free memory, with the largest of them twice: it is joined from pieces.
 
     Raises
     ------

@@ -8,7 +8,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 
 import bdm
-import coders
 import coding
 import hook
 import motif_assignment
@@ -17,7 +16,6 @@ import training_step
 BENCHMARKS = {
     "bdm": bdm.main,
     "motifs": motif_assignment.main,
-    "coders": coders.main,
     "coding": coding.main,
     "hook": hook.main,
     "training": training_step.main,
