@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from pathlib import Path
@@ -29,6 +30,9 @@ from kcomplex.training.dead_units import remove_dead_units
 # Of the codes that others need no context for, the one that sees both zeros and few distinct values.
 DEFAULT_ESTIMATOR = "palette|entropy"
 
+# Fields of an experiment that have a column, or say nothing about what is trained.
+_TOLD = ("name", "data", "network", "mode", "seed", "estimators", "every")
+
 
 def compute(frame: pd.DataFrame) -> pd.DataFrame:
     """Return the rows of `measured`, by increasing bytes, with what is on the front.
@@ -49,12 +53,13 @@ def compute(frame: pd.DataFrame) -> pd.DataFrame:
 def measured(folder: str | os.PathLike[str], estimator: str | None = None) -> pd.DataFrame:
     """Return one row a finished run: its network without dead units, encoded, decoded and evaluated.
 
-    Columns: run, mode, seed; accuracy (of the decoded network, on test images), parameters (of the network as built),
-    non_zeros, rate (their ratio), units (of the layers left, as ``40-20-10``; empty where the network isn't a chain of
-    layers, which keeps its dead units), estimator, bytes (of the whole stream,
-    names and shapes included), mask_bytes (what the positions of the non-zeros cost where all are alike: no code),
-    value_bytes (four for each non-zero, which others report as the size), data_bytes (the training labels given the
-    network) and description_bytes (both).
+    Columns: run, data, network, mode, seed, settings (the experiment's other fields that matter, as JSON); accuracy (of
+    the decoded network, on test images), parameters (of the network as built), non_zeros, rate (their ratio), units (of
+    the layers left, as ``40-20-10``; empty where the network isn't a chain of layers, which keeps its dead units),
+    estimator, bytes (of the whole stream, names and shapes included; with dead units where that is shorter, as it can
+    be for mosaics, whose blocks go across units), mask_bytes (what the positions of the non-zeros cost where all are
+    alike: no code), value_bytes (four for each non-zero, which others report as the size), data_bytes (the training
+    labels given the network) and description_bytes (both).
 
     Parameters
     ----------
@@ -97,7 +102,7 @@ def plot(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
     ax = axes_or_new(ax, width=8.0)
     front = frame[frame["pareto"]]
     ax.plot(front["bytes"], front["accuracy"], drawstyle="steps-post", color="0.6", zorder=1, label="best trade-offs")
-    names = frame["mode"].map(_method)
+    names = frame["mode"].map(method_names)
     groups = sorted(set(names))
     for style, name in zip(styles(len(groups)), groups, strict=True):
         rows = frame[names == name]
@@ -153,16 +158,22 @@ def _row(experiment: Experiment, final: Path, data: Dataset, estimator: str) -> 
     parameters = sum(parameter.numel() for parameter in model.parameters())
     load_final(final, model)
     chain = is_chain(model)
-    smaller = remove_dead_units(model).model if chain else model
-    stream = encode_checkpoint(smaller, estimator)
+    candidates = [model, remove_dead_units(model).model] if chain else [model]
+    streams = [encode_checkpoint(candidate, estimator) for candidate in candidates]
+    shortest = min(range(len(streams)), key=lambda place: len(streams[place]))
+    smaller, stream = candidates[shortest], streams[shortest]
     smaller.load_state_dict(decode_checkpoint(stream))
     non_zeros = sum(int(parameter.count_nonzero()) for parameter in smaller.parameters())
     entries = sum(parameter.numel() for parameter in smaller.parameters())
     loss, _ = evaluate(smaller, data.train)
     data_bits = description_bits(0.0, loss, data.train.predictions)
+    settings = {key: value for key, value in experiment.to_dict().items() if key not in _TOLD}
     return {
+        "data": experiment.data,
+        "network": experiment.network,
         "mode": experiment.mode,
         "seed": experiment.seed,
+        "settings": json.dumps(settings),
         "accuracy": evaluate(smaller, data.test)[1],
         "parameters": parameters,
         "non_zeros": non_zeros,
@@ -177,6 +188,6 @@ def _row(experiment: Experiment, final: Path, data: Dataset, estimator: str) -> 
     }
 
 
-def _method(mode: str) -> str:
+def method_names(mode: str) -> str:
     """Return the names of a mode's stages without their options."""
     return " | ".join(stage.partition(":")[0].strip() for stage in mode.split("|"))

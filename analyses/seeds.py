@@ -1,0 +1,88 @@
+"""Seeds: mean and spread over runs that differ in their seed alone, of their networks' size and accuracy."""
+
+from __future__ import annotations
+
+import os
+
+import pandas as pd
+from matplotlib.axes import Axes
+
+from kcomplex.analyses.figure import add_grid_and_legend, axes_or_new, styles
+from kcomplex.analyses.front import measured, method_names
+from kcomplex.errors import SpecError
+
+_ALIKE = ["data", "network", "mode", "settings", "estimator"]
+_AVERAGED = ["accuracy", "bytes", "rate", "non_zeros"]
+
+
+def compute(frame: pd.DataFrame) -> pd.DataFrame:
+    """Return one row for each configuration, in the order of its first run.
+
+    Columns: data, network, mode, settings, estimator; seeds (how many runs); and of accuracy, bytes, rate and non_zeros
+    the mean and, as ``accuracy_std`` and so on, the standard deviation of the sample, NaN for a single run.
+
+    Parameters
+    ----------
+    frame
+        What `kcomplex.analyses.front.measured` returned.
+
+    Raises
+    ------
+    SpecError
+        Two runs of one configuration have the same seed: they aren't independent.
+    """
+    twice = frame[frame.duplicated([*_ALIKE, "seed"])]
+    if not twice.empty:
+        raise SpecError(f"{twice['run'].iloc[0]}: another run has the same configuration and seed: keep one of them")
+    groups = frame.groupby(_ALIKE, sort=False)[_AVERAGED]
+    table = groups.mean().join(groups.std().add_suffix("_std"))
+    ordered = [name for column in _AVERAGED for name in (column, f"{column}_std")]
+    return table[ordered].assign(seeds=groups.size()).reset_index()
+
+
+def plot(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
+    """Return axes with one marker a configuration, a standard deviation to each side, one style a mode.
+
+    Parameters
+    ----------
+    frame
+        What `compute` returned.
+    ax
+        Axes to draw on; new ones by default.
+    """
+    ax = axes_or_new(ax, width=8.0)
+    names = frame["mode"].map(method_names)
+    groups = sorted(set(names))
+    for style, name in zip(styles(len(groups)), groups, strict=True):
+        rows = frame[names == name].sort_values("bytes")
+        ax.errorbar(
+            rows["bytes"],
+            rows["accuracy"],
+            xerr=rows["bytes_std"].fillna(0),
+            yerr=rows["accuracy_std"].fillna(0),
+            fmt=style.marker,
+            color=style.grey,
+            markeredgecolor="black",
+            ecolor="0.6",
+            label=name,
+        )
+    ax.set_xscale("log")
+    ax.set_xlabel(f"bytes ({frame['estimator'].iloc[0]}, code), mean and standard deviation over seeds")
+    ax.set_ylabel("test accuracy of the decoded network")
+    add_grid_and_legend(ax)
+    return ax
+
+
+def compute_from_runs(
+    path: str | os.PathLike[str], *, estimator: str | None = None, metric: str = "accuracy"
+) -> pd.DataFrame:
+    """Return `compute` of a folder of runs.
+
+    Raises
+    ------
+    SpecError
+        Another metric than the accuracy is asked for: it is measured anew, on the decoded networks.
+    """
+    if metric != "accuracy":
+        raise SpecError(f"seeds measures the accuracy of decoded networks, not {metric!r}: use the analysis accuracy")
+    return compute(measured(path, estimator))
