@@ -12,9 +12,10 @@ import torch
 from kcomplex.compressors.race import Entrant, View, promising
 from kcomplex.description import STRUCTURE
 from kcomplex.errors import StreamError
-from kcomplex.estimator import Code, EncodedTensor, Part, Shape
+from kcomplex.estimator import Code, EncodedTensor, Part, Shape, word_shape
+from kcomplex.given import RelativeCode, from_word_differences, word_differences
 from kcomplex.pipeline import build_estimator
-from kcomplex.weights import TensorHandle, Weights
+from kcomplex.weights import DTYPES, TensorHandle, Weights, tensor_from_words, word_dtype, words_of
 
 # The position is the choice in streams: only ever append.
 _MEMBERS = (
@@ -32,11 +33,14 @@ _MEMBERS = (
     "planes|context",
 )
 _MOSAIC = _MEMBERS.index("mosaic|entropy")
+# Added to the choice of a member that codes a tensor given another: in its own way, or by differences of words.
+_RELATIVE = 128
 _FAST = ("raw", "entropy", "palette|context", "planes|entropy", "planes|context", "planes|zstd", "mosaic|entropy")
 _TIERS = {
     "fast": tuple(map(_MEMBERS.index, _FAST)),
     "tight": tuple(range(len(_MEMBERS))),
 }
+_RAW = _MEMBERS.index("raw")
 # What a mosaic must be shorter than, with its motifs.
 _RIVALS = tuple(map(_MEMBERS.index, ("palette|entropy", "planes|zstd", "palette|context")))
 
@@ -57,6 +61,9 @@ class Best(Code):
     of up to 32768 weights whole. Longer ones they are first tried on a sixteenth of, then on a quarter, and only those
     that may still become the shortest go on. A mosaic is tried whole wherever the network has repeated blocks, and left
     out where its motifs take more than it saves.
+
+    Given other weights, every member but the mosaic codes differences of words, too; `lin` codes differences in its own
+    way, or none.
     """
 
     tier: Literal["fast", "tight"] = "fast"
@@ -72,7 +79,7 @@ class Best(Code):
         """True: pieces of a tensor may have members of their own."""
         return True
 
-    def fresh(self) -> Code:
+    def fresh(self) -> _Search:
         """Return the search of one stream; see `TensorwiseEstimator.fresh`."""
         return _Search(self)
 
@@ -97,6 +104,20 @@ class Best(Code):
         """Return the tensor of a stream's first; see `Code.decode_tensor`."""
         return self.fresh().decode_tensor(data, dtype, shape, shared)
 
+    def takes_given(self) -> bool:
+        """Return True; see `RelativeCode`."""
+        return True
+
+    def encode_given(self, handle: TensorHandle, known: torch.Tensor, shared: bytes) -> EncodedTensor:
+        """Return one tensor's stream given another as if it were the first; see `RelativeCode.encode_given`."""
+        return self.fresh().encode_given(handle, known, shared)
+
+    def decode_given(
+        self, data: bytes, dtype: torch.dtype, shape: Shape, known: torch.Tensor, shared: bytes
+    ) -> torch.Tensor:
+        """Return the tensor of a stream's first given another; see `RelativeCode.decode_given`."""
+        return self.fresh().decode_given(data, dtype, shape, known, shared)
+
 
 @dataclass(frozen=True)
 class _Search(Code):
@@ -115,19 +136,40 @@ class _Search(Code):
         """Return the shortest stream with its choice before it; nothing of a tensor without weights."""
         if not handle.elements:
             return EncodedTensor([])
-        view = View(handle)
-        entrants = [
-            Entrant(place, view, _member(place), partial(self._trial, place))
-            for place in _TIERS[self.best.tier]
-            if place != _MOSAIC
-        ]
-        mosaic = [Entrant(_MOSAIC, view, _member(_MOSAIC), partial(self._trial, _MOSAIC))] if shared else []
-        return self._shortest([*promising(entrants), *((0.0, entrant) for entrant in mosaic)], shared)
+        return self._shortest(promising(self._entrants(View(handle))), handle, shared)
 
-    def _shortest(self, entrants: list[tuple[float, Entrant]], shared: bytes) -> EncodedTensor:
-        """Return the shortest stream of some entrants; those that promise no less than one that is coded aren't."""
+    def _entrants(self, view: View, added: int = 0) -> list[Entrant]:
+        """Return the members that see a view, mosaics aside; with a known tensor, those that have a use for it."""
+        members = [place for place in _TIERS[self.best.tier] if place != _MOSAIC]
+        if view.known is not None:
+            members = list(filter(_is_relative, members))
+        return [Entrant(place + added, view, _member(place), partial(self._trial, place)) for place in members]
+
+    def takes_given(self) -> bool:
+        """Return True; see `RelativeCode`."""
+        return True
+
+    def encode_given(self, handle: TensorHandle, known: torch.Tensor, shared: bytes) -> EncodedTensor:
+        """Return the shortest stream, alone or given another tensor; see `RelativeCode.encode_given`."""
+        if not handle.elements:
+            return EncodedTensor([Part(STRUCTURE, bytes([_RAW]))])
+        # What learns from tensor to tensor decides by itself whether the other is of use.
+        entrants = [entrant for entrant in self._entrants(View(handle)) if not _is_relative(entrant.choice)]
+        entrants += self._entrants(View(handle, known), _RELATIVE)
+        if known.dtype == handle.dtype:
+            steps = View(_differences(handle, known))
+            entrants += [
+                entrant for entrant in self._entrants(steps, _RELATIVE) if not _is_relative(entrant.choice - _RELATIVE)
+            ]
+        return self._shortest(promising(entrants), handle, shared)
+
+    def _shortest(self, promised: list[tuple[float, Entrant]], handle: TensorHandle, shared: bytes) -> EncodedTensor:
+        """Return the shortest stream of some entrants, or of a mosaic; what promises no less than one isn't coded."""
+        if shared:
+            mosaic = Entrant(_MOSAIC, View(handle), _member(_MOSAIC), partial(self._trial, _MOSAIC))
+            promised = [*promised, (0.0, mosaic)]
         found: tuple[Entrant, EncodedTensor, Code] | None = None
-        for promise, entrant in entrants:
+        for promise, entrant in promised:
             if found is not None and promise >= _size(found[1]):
                 continue
             coder = entrant.trial()
@@ -137,7 +179,7 @@ class _Search(Code):
         assert found is not None
         entrant, encoded, coder = found
         if coder.sequential:
-            self.learning[entrant.choice] = coder
+            self.learning[entrant.choice % _RELATIVE] = coder
         return EncodedTensor([Part(STRUCTURE, bytes([entrant.choice])), *encoded.parts])
 
     def decode_tensor(self, data: bytes, dtype: torch.dtype, shape: Shape, shared: bytes) -> torch.Tensor:
@@ -150,6 +192,25 @@ class _Search(Code):
             raise StreamError("best: the stream names a member that the portfolio hasn't")
         place = data[0]
         return self._coder(place).decode_tensor(data[1:], dtype, shape, shared if place == _MOSAIC else b"")
+
+    def decode_given(
+        self, data: bytes, dtype: torch.dtype, shape: Shape, known: torch.Tensor, shared: bytes
+    ) -> torch.Tensor:
+        """Return the tensor, decoded by the member that coded it; see `RelativeCode.decode_given`."""
+        if 0 in shape and data == bytes([_RAW]):
+            return torch.zeros(shape, dtype=dtype)
+        if 0 in shape or not data or data[0] < _RELATIVE:
+            return self.decode_tensor(data, dtype, shape, shared)
+        place = data[0] - _RELATIVE
+        if place not in _TIERS[self.best.tier] or place == _MOSAIC:
+            raise StreamError("best: the stream names a member that the portfolio hasn't")
+        coder = self._coder(place)
+        if isinstance(coder, RelativeCode):
+            return coder.decode_given(data[1:], dtype, shape, known, b"")
+        if known.dtype != dtype:
+            raise StreamError(f"best: differences from {known.dtype} give no {dtype}")
+        steps = coder.decode_tensor(data[1:], _step_dtype(dtype), _step_shape(dtype, shape), b"")
+        return from_word_differences(words_of(steps), known)
 
     def _coder(self, place: int) -> Code:
         member = _member(place)
@@ -166,6 +227,31 @@ class _Search(Code):
 @cache
 def _member(place: int) -> Code:
     return cast(Code, build_estimator(_MEMBERS[place]))
+
+
+@cache
+def _is_relative(place: int) -> bool:
+    """Return whether a member has a use of its own for given weights."""
+    return isinstance(_member(place).fresh(), RelativeCode)
+
+
+def _differences(handle: TensorHandle, known: torch.Tensor) -> TensorHandle:
+    """Return the differences of words as a tensor of unsigned integers."""
+    dtype, shape = _step_dtype(handle.dtype), _step_shape(handle.dtype, handle.shape)
+    steps = tensor_from_words(word_differences(handle.read(), known), dtype, shape)
+    return TensorHandle(handle.name, shape, dtype, partial(_itself, steps))
+
+
+def _step_dtype(dtype: torch.dtype) -> torch.dtype:
+    return DTYPES[word_dtype(dtype).name]
+
+
+def _step_shape(dtype: torch.dtype, shape: Shape) -> Shape:
+    return tuple(word_shape(dtype, shape))
+
+
+def _itself(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
 
 
 def _length(code: Code, handle: TensorHandle, shared: bytes) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import NamedTuple, TypeAlias
@@ -23,7 +23,7 @@ from kcomplex.compressors.raw import Raw
 from kcomplex.estimator import Code, Coder, EncodedTensor, Shape, Symbols, symbol_dtype, word_shape
 from kcomplex.given import BoundCoder
 from kcomplex.pipeline import TransformedCoder
-from kcomplex.weights import TensorHandle, words_of
+from kcomplex.weights import TensorHandle, tensor_from_words, words_of
 
 Places: TypeAlias = NDArray[np.int64]
 
@@ -150,12 +150,16 @@ def promising(entrants: Sequence[Entrant]) -> list[tuple[float, Entrant]]:
     racing = [entrant for entrant in entrants if entrant.choice not in known and _may_pay(entrant)]
     ends, lowest = dict(known), dict(known)
     earlier: dict[int, tuple[float, float]] = {}
-    for place, rows, columns in _samples(entrants[0].view.handle.shape):
+    for place in range(len(_SHARES)):
         leader = min(ends, key=ends.__getitem__, default=None)
-        samples = {id(view): (view.sample(rows, columns), view.price(rows, columns)) for view in _views(racing)}
+        samples = {
+            id(view): (view.sample(*places), view.price(*places))
+            for view in _views(racing)
+            if (places := _places(view.handle.shape, place)) is not None
+        }
         for entrant in racing:
             # Of the shortest so far, no more needs to be known, but for its rivals'.
-            if entrant.choice == leader:
+            if entrant.choice == leader or id(entrant.view) not in samples:
                 continue
             view, (sample, price) = entrant.view, samples[id(entrant.view)]
             tables, payload = _tried(entrant, sample)
@@ -166,11 +170,13 @@ def promising(entrants: Sequence[Entrant]) -> list[tuple[float, Entrant]]:
             end = ends[entrant.choice] = payload + slope * (view.total - price) + tables * growth
             lowest[entrant.choice] = _lowest(entrant, end, place, sample.handle.elements)
             earlier[entrant.choice] = payload, price
+        if not samples:
+            continue
         learning = {entrant.choice for entrant in racing if _learns(entrant.code)}
         most = min(end + (end - lowest[choice] if choice in learning else 0.0) for choice, end in ends.items())
-        racing = _distinct([entrant for entrant in racing if lowest[entrant.choice] <= most], ends)
-        ends = known | {entrant.choice: ends[entrant.choice] for entrant in racing}
-        if len(racing) < 2 and all(ends[entrant.choice] == min(ends.values()) for entrant in racing):
+        racing = _distinct([entrant for entrant in racing if lowest.get(entrant.choice, 0.0) <= most], ends)
+        ends = known | {entrant.choice: ends[entrant.choice] for entrant in racing if entrant.choice in ends}
+        if len(racing) < 2 and all(ends.get(entrant.choice) == min(ends.values()) for entrant in racing):
             break
     counted = min(
         (entrant for entrant in entrants if entrant.choice in known), key=lambda entrant: known[entrant.choice]
@@ -243,7 +249,7 @@ def _distinct(racing: Sequence[Entrant], ends: dict[int, float]) -> list[Entrant
     """Return entrants without those that see the same numbers as a shorter one: bytes are their own planes."""
     best: dict[int, Entrant] = {}
     for entrant in racing:
-        if _learns(entrant.code) and entrant.view.words.itemsize == 1:
+        if _learns(entrant.code) and entrant.view.words.itemsize == 1 and entrant.choice in ends:
             rival = best.setdefault(id(entrant.view), entrant)
             if ends[entrant.choice] < ends[rival.choice]:
                 best[id(entrant.view)] = entrant
@@ -252,20 +258,17 @@ def _distinct(racing: Sequence[Entrant], ends: dict[int, float]) -> list[Entrant
     ]
 
 
-def _samples(shape: Shape) -> Iterator[tuple[int, Places, Places]]:
-    """Yield place, rows and columns of two samples of a long tensor.
+def _places(shape: Shape, place: int) -> tuple[Places, Places] | None:
+    """Return rows and columns of the first or second sample of a tensor; None where it isn't worth its time.
 
-    They are higher than wide, as what is to be learned of a column shows only in many rows.
+    It is higher than wide, as what is to be learned of a column shows only in many rows.
     """
     height, width = folded(shape)
-    before = _FEWEST // 2
-    for place, share in enumerate(_SHARES):
-        size = max(int(share * height * width), _FEWEST)
-        if size < 2 * before or size > _SHARES[-1] * height * width:
-            continue
-        rows = min(max(math.isqrt(2 * size), size // width), height)
-        yield place, _runs(height, rows), _runs(width, size // rows)
-        before = size
+    size, before = (max(int(share * height * width), _FEWEST) for share in (_SHARES[place], _SHARES[max(place - 1, 0)]))
+    if size > _SHARES[-1] * height * width or (place and size < 2 * before):
+        return None
+    rows = min(max(math.isqrt(2 * size), size // width), height)
+    return _runs(height, rows), _runs(width, size // rows)
 
 
 def _runs(length: int, count: int) -> Places:
@@ -276,8 +279,8 @@ def _runs(length: int, count: int) -> Places:
 
 
 def _entries(tensor: torch.Tensor, rows: Places, columns: Places) -> torch.Tensor:
-    matrix = tensor.reshape(folded(tuple(tensor.shape)))
-    return matrix[torch.from_numpy(rows)][:, torch.from_numpy(columns)]
+    words = words_of(tensor).reshape(*folded(tuple(tensor.shape)), -1)[np.ix_(rows, columns)]
+    return tensor_from_words(words.reshape(-1), tensor.dtype, (rows.size, columns.size))
 
 
 def _itself(tensor: torch.Tensor) -> torch.Tensor:

@@ -385,9 +385,7 @@ def _encode_difference(coder: Coder, handle: TensorHandle, known: torch.Tensor) 
     """Return words as they are, or their differences from the given ones, whichever is shorter."""
     encoded = []
     if known.dtype == handle.dtype:
-        steps = _zigzag(
-            ordered_words(words_of(handle.read()), handle.dtype) - ordered_words(words_of(known), handle.dtype)
-        )
+        steps = word_differences(handle.read(), known)
         parts = coder.encode_words(steps, word_shape(handle.dtype, handle.shape))
         encoded.append(EncodedTensor([Part(STRUCTURE, bytes([_DIFFERENCE])), *parts]))
     # What learns from tensor to tensor learns from one of both.
@@ -402,10 +400,22 @@ def _decode_difference(coder: Coder, data: bytes, entry: TensorEntry, known: tor
         return coder.decode_tensor(data[1:], entry.dtype, entry.shape, b"")
     if data[0] != _DIFFERENCE or known.dtype != entry.dtype:
         raise StreamError(f"a relative tensor of {dtype_name(entry.dtype)} can't begin with {data[0]}")
-    base = words_of(known)
-    steps = coder.decode_words(data[1:], word_shape(entry.dtype, entry.shape), base.dtype).reshape(-1)
-    words = ordered_words(_unzigzag(steps) + ordered_words(base, entry.dtype), entry.dtype)
-    return tensor_from_words(words, entry.dtype, entry.shape)
+    steps = coder.decode_words(data[1:], word_shape(entry.dtype, entry.shape), words_of(known).dtype)
+    return from_word_differences(steps.reshape(-1), known)
+
+
+def word_differences(tensor: torch.Tensor, known: torch.Tensor) -> Symbols:
+    """Return the differences of a tensor's words, in the order of their values, from those of another of its dtype.
+
+    They are flat and unsigned; small ones of both signs are small.
+    """
+    return _zigzag(ordered_words(words_of(tensor), tensor.dtype) - ordered_words(words_of(known), tensor.dtype))
+
+
+def from_word_differences(differences: Symbols, known: torch.Tensor) -> torch.Tensor:
+    """Return the tensor that has these differences from another."""
+    words = ordered_words(_unzigzag(differences) + ordered_words(words_of(known), known.dtype), known.dtype)
+    return tensor_from_words(words, known.dtype, tuple(known.shape))
 
 
 def ordered_words(words: Symbols, dtype: torch.dtype) -> Symbols:

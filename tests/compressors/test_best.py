@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from kcomplex.compressors.best import _MEMBERS, _TIERS, Best
 from kcomplex.compressors.race import View
+from kcomplex.container import Container, encode_file
 from kcomplex.errors import StreamError
 from kcomplex.pipeline import build_estimator
 from kcomplex.stream import decode_checkpoint, encode_checkpoint
@@ -136,3 +137,68 @@ def test_what_is_no_stream_is_refused_or_has_the_shape(data, shape):
 def test_a_choice_of_another_tier_is_refused():
     with pytest.raises(StreamError, match="portfolio"):
         Best("fast").decode_tensor(bytes([_MEMBERS.index("lin"), 0]), torch.int8, (4,), b"")
+
+
+def relative(tensors: dict[str, torch.Tensor], known: dict[str, torch.Tensor], tier: str) -> dict[str, str]:
+    """Return the member that each tensor was coded by given another; every tensor must come back."""
+    code, weights = Best(tier), open_weights(tensors)
+    search, decoder = code.fresh(), code.fresh()
+    found = {}
+    for name, handle in weights.items():
+        stream = search.encode_given(handle, known[name], b"").to_bytes()
+        back = decoder.decode_given(stream, handle.dtype, handle.shape, known[name], b"")
+        assert (back.dtype, tuple(back.shape)) == (handle.dtype, handle.shape)
+        assert words_of(back).tobytes() == handle.words().tobytes()
+        found[name] = ("given " if stream[0] >= 128 else "") + _MEMBERS[stream[0] % 128]
+    return found
+
+
+@pytest.mark.parametrize("tier", ["fast", "tight"])
+def test_given_others_whatever_is_shortest_is_coded(tier):
+    tensors = {name: tensor for source in (TENSORS, LONG) for name, tensor in source.items() if tensor.numel() < 60_000}
+    known = {name: tensor.clone() for name, tensor in tensors.items()}
+    known["gaussian"] += 1e-4 * noise(60, 50, seed=11)
+    known["half"] = noise(60, 50, seed=12)
+    known["integers"] = known["integers"] + torch.eye(60, 50, dtype=torch.int8)
+    known["quantised"] = noise(60, 50, seed=13)
+    known["nothing"] = known["nothing"].double()
+    found = relative(tensors, known, tier)
+    assert found["gaussian"].startswith("given ")
+    assert found["integers"].startswith("given ")
+    if tier == "fast":
+        assert not any(found[name].startswith("given ") for name in ("half", "quantised"))
+    assert found["nothing"] == "raw"
+
+
+def test_long_tensors_are_given_others():
+    known = noise(400, 300, seed=2)
+    near = {"w": known + 1e-3 * noise(400, 300, seed=3), "c": torch.complex(known, known).repeat(1, 2)}
+    given = {"w": known, "c": near["c"] * 1.0001}
+    assert all(member.startswith("given ") for member in relative(near, given, "fast").values())
+    far = {"w": (noise(400, 300, seed=4) * 3).round()}
+    assert relative(far, {"w": known}, "fast")["w"] in ("entropy", "palette|context")
+
+
+def test_a_file_given_others_is_the_shorter_of_both_ways_for_each_tensor(tmp_path):
+    old = {"near": noise(200, 100), "far": noise(200, 100, seed=1), "same": noise(9, 9)}
+    new = {"near": old["near"] * 1.001, "far": (noise(200, 100, seed=2) * 3).round(), "same": old["same"]}
+    for tier in ("fast", "tight"):
+        path = tmp_path / f"{tier}.kcz"
+        size = encode_file(new, path, f"best:tier={tier}", given=old)
+        assert size < encode_file(new, tmp_path / "other.kcz", "planes|zstd", given=old)
+        assert size < encode_file(new, tmp_path / "other.kcz", f"best:tier={tier}")
+        with Container(path, given=old) as container:
+            for name, tensor in new.items():
+                assert torch.equal(container.tensor(name), tensor)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.binary(max_size=40), st.integers(0, 255), st.sampled_from([(0, 3), (4,), ()]), st.booleans())
+def test_what_is_no_relative_stream_is_refused_or_has_the_shape(data, first, shape, tight):
+    known = torch.zeros(shape, dtype=torch.float16)
+    for dtype in (torch.int16, torch.float16):
+        try:
+            tensor = Best("tight" if tight else "fast").decode_given(bytes([first]) + data, dtype, shape, known, b"")
+        except StreamError:
+            continue
+        assert (tensor.dtype, tensor.shape) == (dtype, shape)

@@ -22,7 +22,7 @@ from kcomplex.stream import verify
 from kcomplex.weights import DTYPES, tensor_from_words, word_dtype, words_an_element, words_of
 
 HERE = "tests.core.initialisations"
-CODES = ["raw", "zstd", "planes|zstd", "palette|entropy"]
+CODES = ["raw", "zstd", "planes|zstd", "palette|entropy", "best", "best:tier=tight"]
 
 pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
 
