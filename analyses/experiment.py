@@ -44,7 +44,7 @@ class Experiment:
     batch_size
         Images, or windows of a text, a step.
     lr
-        Learning rate at the start of each phase (training and fine-tuning).
+        Learning rate at the start of training, and of fine-tuning where `fine_tune_lr_share` is 1.
     weight_decay
         Decoupled for ``adamw``.
     optimizer
@@ -55,6 +55,8 @@ class Experiment:
         Over the first epochs the learning rate rises from zero.
     lr_floor
         Share of the learning rate that ``cosine`` falls to.
+    fine_tune_lr_share
+        Share of the learning rate that fine-tuning begins with.
     window
         Epochs that the stopping rule of `kcomplex.training.schedule` looks at, on the validation data; 0 trains all.
     min_epochs
@@ -96,6 +98,7 @@ class Experiment:
     schedule: Literal["cosine", "constant"] = "cosine"
     warm_up_epochs: int = 0
     lr_floor: float = 0.0
+    fine_tune_lr_share: float = 1.0
     window: int = 0
     min_epochs: int = 0
     augmentation: Literal["none", "crop_flip"] = "none"
@@ -145,6 +148,7 @@ class Experiment:
             learning_rate=self.schedule,
             warm_up_epochs=self.warm_up_epochs,
             floor=self.lr_floor,
+            fine_tune_share=self.fine_tune_lr_share,
         )
 
     def check(self) -> None:

@@ -116,7 +116,12 @@ def test_a_refusal_names_the_file(tmp_path: Path) -> None:
         read_sweep(path)
 
 
-SHAPES = {"mnist": (1, 28, 28), "hf:uoft-cs/cifar10": (3, 32, 32), "tinyshakespeare:window=256": (256,)}
+SHAPES = {
+    "mnist": (1, 28, 28),
+    "fashion-mnist": (1, 28, 28),
+    "hf:uoft-cs/cifar10": (3, 32, 32),
+    "tinyshakespeare:window=256": (256,),
+}
 
 
 @pytest.mark.parametrize("file", sorted(SWEEPS.glob("*.toml")), ids=lambda file: file.stem)

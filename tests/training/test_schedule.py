@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import math
 
@@ -36,6 +37,17 @@ def test_a_loss_that_is_not_finite_is_not_saturated(broken):
 def test_too_few_losses_are_refused():
     with pytest.raises(SpecError, match="6"):
         saturated([1.0] * 5)
+
+
+@pytest.mark.parametrize("learning_rate", ["cosine", "constant"])
+def test_fine_tuning_may_begin_with_a_share_of_the_learning_rate(learning_rate):
+    plain = Schedule(epochs=10, fine_tune_epochs=10, learning_rate=learning_rate, floor=0.1)
+    smaller = dataclasses.replace(plain, fine_tune_share=0.4)
+    for epochs in (0.0, 3.5, 10.0):
+        assert smaller.lr_factor(Phase.REGULARISE, epochs) == plain.lr_factor(Phase.REGULARISE, epochs)
+        assert smaller.lr_factor(Phase.FINE_TUNE, epochs) == pytest.approx(
+            0.4 * plain.lr_factor(Phase.FINE_TUNE, epochs)
+        )
 
 
 @pytest.mark.parametrize(("epoch", "rate"), [(1, 0.018), (5, 0.09), (47, 0.046273), (90, 0.0009), (95, 0.0009)])
@@ -131,7 +143,15 @@ def test_nothing_comes_after_the_end():
 
 @pytest.mark.parametrize(
     "options",
-    [{"epochs": 0}, {"window": 5}, {"check_every": 0}, {"warm_up_epochs": 9}, {"floor": 1.5}, {"min_epochs": -1}],
+    [
+        {"epochs": 0},
+        {"window": 5},
+        {"check_every": 0},
+        {"warm_up_epochs": 9},
+        {"floor": 1.5},
+        {"fine_tune_share": 0.0},
+        {"min_epochs": -1},
+    ],
 )
 def test_senseless_options_are_refused(options):
     with pytest.raises(SpecError, match=next(iter(options))):
