@@ -107,16 +107,20 @@ def _step_of(values: Floats) -> tuple[np.floating[Any], Multiples] | None:
 
 
 def _nearly_whole(magnitudes: Floats, quotient: np.floating[Any]) -> bool:
-    numbers = magnitudes.astype(np.float64) / float(quotient)
-    return bool((np.abs(numbers - np.rint(numbers)) <= _SLACK * numbers).all())
+    # What is too many steps becomes infinite, and isn't near a whole number.
+    with np.errstate(over="ignore", invalid="ignore"):
+        numbers = magnitudes.astype(np.float64) / float(quotient)
+        return bool((np.abs(numbers - np.rint(numbers)) <= _SLACK * numbers).all())
 
 
 def _around(quotient: np.floating[Any]) -> list[np.floating[Any]]:
     """Return a quotient and its neighbours, the nearest ones first."""
     found = below = above = quotient
+    zero, infinity = quotient.dtype.type(0), quotient.dtype.type(np.inf)
     steps = [found]
     for _ in range(_NEIGHBOURS):
-        below, above = np.nextafter(below, below * 0), np.nextafter(above, above * 2)
+        with np.errstate(over="ignore", under="ignore"):
+            below, above = np.nextafter(below, zero), np.nextafter(above, infinity)
         steps += [below, above]
     return [step for step in steps if 0 < step < np.inf]
 

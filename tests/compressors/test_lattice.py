@@ -54,6 +54,16 @@ def test_other_floats_have_no_step(values):
     assert encode_lattice(np.array(values, np.float32).view(np.uint32)) is None
 
 
+@pytest.mark.parametrize("floats", [np.float32, np.float64])
+def test_the_ends_of_the_range_are_as_good_as_any_floats(floats):
+    tiny, huge = np.finfo(floats).smallest_subnormal, np.finfo(floats).max
+    for values in ([huge], [-huge, huge], [tiny, 2 * tiny], [tiny, huge], [huge / 2, huge], [1.0]):
+        words = np.sort(np.array(values, floats)).view(f"u{floats().itemsize}")
+        table = encode_lattice(words)
+        assert (table is None) == (values == [tiny, huge])
+        assert table is None or np.array_equal(decode_lattice(table, words.dtype, words.size), words)
+
+
 @pytest.mark.parametrize("dtype", ["u1", "u2", "i4"])
 def test_words_that_are_no_floats_have_no_step(dtype):
     assert encode_lattice(np.arange(1, 9).astype(dtype)) is None
