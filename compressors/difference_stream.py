@@ -9,10 +9,8 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from kcomplex.compressors.binary_coder import as_bytes, finish_decoding
+from kcomplex.compressors.binary_coder import as_bytes
 from kcomplex.compressors.float_stream import FloatFormat, octave_and_powers, relative, unit
-from kcomplex.compressors.linear_prediction import Factors
-from kcomplex.compressors.logistic import tables
 from kcomplex.compressors.mix_differences import (
     FIELDS,
     Places,
@@ -28,11 +26,9 @@ from kcomplex.compressors.mix_matrix import (
     LINEAR,
     TRANSPOSED,
     Integers,
+    MatrixCode,
     Memory,
-    RowDecoder,
-    RowEncoder,
-    check_size,
-    code_blocks,
+    RowModel,
     eighths_of_octaves,
     folded,
     layouts,
@@ -190,13 +186,11 @@ class DifferenceMix(Coder):
 
         def encode(memory: Memory, mode: int, choices: list[int]) -> list[Part]:
             rows, known = (places.T.copy(), means.T.copy()) if mode & TRANSPOSED else (places, means)
-            spent, encoder = np.zeros(len(FIELDS)), RowEncoder()
-            _code(memory, rows, known, told, eighths, choices, encoder, spent)
             flags = (_SAME if told.same else 0) | (0, _ZEROS, _NEGATIVE_ZEROS)[zeros] | (_OFFSET if line.offset else 0)
             return [
                 Part(STRUCTURE, bytes([mode | flags]) + varint(zigzag(eighths)) + line.to_bytes()),
                 Part("tables", pack_choices(choices)),
-                Part("payload", encoder.finish(), dict(zip(FIELDS, spent.tolist(), strict=True))),
+                _code(told, known, eighths, choices).encode(memory, rows),
             ]
 
         return shortest(self.memory, candidates, encode)
@@ -216,14 +210,9 @@ class DifferenceMix(Coder):
         if mode & TRANSPOSED:
             height, width, means = width, height, means.T.copy()
         choices = read_choices(reader, self.memory, (height, width)) if mode & LINEAR else []
-        payload = as_bytes(reader.rest())
-        check_size(height * width, payload.size)
-        places = np.empty((height, width), np.int64)
-        decoder = RowDecoder(payload)
         zeros = 2 if mode & _NEGATIVE_ZEROS else int(mode & _ZEROS > 0)
         told = Places(self._fields(eighths, zeros), bool(mode & _SAME))
-        _code(self.memory, places, means, told, eighths, choices, decoder, np.zeros(len(FIELDS)))
-        finish_decoding(decoder.state, payload)
+        places = _code(told, means, eighths, choices).decode(self.memory, as_bytes(reader.rest()), (height, width))
         if mode & TRANSPOSED:
             places = places.T
         return self._symbols(places, shape, dtype)
@@ -280,32 +269,14 @@ class DifferenceMix(Coder):
         return Fields(self.format.exponent_bits, self.format.mantissa_bits, 0, zeros, octave, powers)
 
 
-def _code(
-    memory: Memory,
-    places: Integers,
-    means: NDArray[np.float64],
-    told: Places,
-    eighths: int,
-    choices: list[int],
-    coder: RowEncoder | RowDecoder,
-    spent: NDArray[np.float64],
-) -> None:
-    shape, scale = places.shape, relative(eighths)
-    columns = new_difference_columns(shape[1], scale, memory.scales(shape, scale))
-
-    def code_rows(start: int, stop: int, factors: Factors, room: NDArray[np.uint8]) -> None:
-        rows = places[start:stop]
-        expected = np.zeros(rows.shape, np.float32)
-        code_difference_rows(
-            coder.decoding, coder.state, room, rows, means[start:stop], expected, *factors, told, columns,
-            memory.regression, memory.mixer, tables(), spent,
-        )  # fmt: skip
-
-    def numbers(start: int, stop: int) -> NDArray[np.float64]:
-        return _steps(places[start:stop], means[start:stop], told.fields).astype(np.float64)
-
-    code_blocks(coder, memory, shape, choices, code_rows, numbers)
-    memory.keep_scales(shape, columns.scale, scale)
+def _code(told: Places, means: NDArray[np.float64], eighths: int, choices: list[int]) -> MatrixCode:
+    return MatrixCode(
+        RowModel(code_difference_rows, new_difference_columns, FIELDS),
+        relative(eighths),
+        choices,
+        arguments=lambda start, stop: (means[start:stop], told),
+        numbers=lambda places, start: _steps(places, means[start : start + len(places)], told.fields).astype(float),
+    )
 
 
 def _steps(places: Integers, means: NDArray[np.float64], fields: Fields) -> Integers:

@@ -10,9 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kcomplex.compressors.binary_coder import as_bytes, finish_decoding
-from kcomplex.compressors.linear_prediction import Factors
-from kcomplex.compressors.logistic import tables
+from kcomplex.compressors.binary_coder import as_bytes
 from kcomplex.compressors.mix_floats import (
     FIELDS,
     LARGEST,
@@ -28,11 +26,9 @@ from kcomplex.compressors.mix_matrix import (
     PLAINLY,
     TRANSPOSED,
     Integers,
+    MatrixCode,
     Memory,
-    RowDecoder,
-    RowEncoder,
-    check_size,
-    code_blocks,
+    RowModel,
     eighths_of_octaves,
     folded,
     layouts,
@@ -117,13 +113,11 @@ class FloatMix(Coder):
 
         def encode(memory: Memory, mode: int, choices: list[int]) -> list[Part]:
             rows = np.ascontiguousarray(words.T) if mode & TRANSPOSED else words
-            spent, encoder = np.zeros(len(FIELDS)), RowEncoder()
-            _code(memory, rows, fields, eighths, choices, encoder, spent)
             layout = bytes([mode | (0, _ZEROS, _NEGATIVE_ZEROS)[fields.zeros], fields.trailing])
             return [
                 Part(STRUCTURE, layout + varint(zigzag(eighths))),
                 Part("tables", pack_choices(choices)),
-                Part("payload", encoder.finish(), dict(zip(FIELDS, spent.tolist(), strict=True))),
+                _code(fields, eighths, choices).encode(memory, rows),
             ]
 
         return shortest(self.memory, candidates, encode)
@@ -143,14 +137,9 @@ class FloatMix(Coder):
         if mode & TRANSPOSED:
             height, width = width, height
         choices = read_choices(reader, self.memory, (height, width)) if mode & LINEAR else []
-        payload = as_bytes(reader.rest())
-        check_size(height * width, payload.size)
-        words = np.empty((height, width), np.int64)
-        decoder = RowDecoder(payload)
         zeros = 2 if mode & _NEGATIVE_ZEROS else int(mode & _ZEROS > 0)
-        fields = self._fields(eighths, trailing, zeros)
-        _code(self.memory, words, fields, eighths, choices, decoder, np.zeros(len(FIELDS)))
-        finish_decoding(decoder.state, payload)
+        code = _code(self._fields(eighths, trailing, zeros), eighths, choices)
+        words = code.decode(self.memory, as_bytes(reader.rest()), (height, width))
         if mode & TRANSPOSED:
             words = words.T
         symbols: Symbols = words.reshape(shape).astype(dtype)
@@ -184,31 +173,14 @@ class FloatMix(Coder):
         return [min(self.format.mantissa_bits - origin, raw) for origin in self.format.origins]
 
 
-def _code(
-    memory: Memory,
-    words: Integers,
-    fields: Fields,
-    eighths: int,
-    choices: list[int],
-    coder: RowEncoder | RowDecoder,
-    spent: NDArray[np.float64],
-) -> None:
-    shape, scale = words.shape, relative(eighths)
-    columns = new_float_columns(shape[1], scale, memory.scales(shape, scale))
-
-    def code_rows(start: int, stop: int, factors: Factors, room: NDArray[np.uint8]) -> None:
-        rows = words[start:stop]
-        expected = np.zeros(rows.shape, np.float32)
-        code_float_rows(
-            coder.decoding, coder.state, room, rows, expected, *factors, fields, columns, memory.regression,
-            memory.mixer, tables(), spent,
-        )  # fmt: skip
-
-    def numbers(start: int, stop: int) -> NDArray[np.float64]:
-        return _steps(words[start:stop], fields).astype(np.float64)
-
-    code_blocks(coder, memory, shape, choices, code_rows, numbers)
-    memory.keep_scales(shape, columns.scale, scale)
+def _code(fields: Fields, eighths: int, choices: list[int]) -> MatrixCode:
+    return MatrixCode(
+        RowModel(code_float_rows, new_float_columns, FIELDS),
+        relative(eighths),
+        choices,
+        arguments=lambda start, stop: (fields,),
+        numbers=lambda words, start: _steps(words, fields).astype(np.float64),
+    )
 
 
 def unit(eighths: int) -> int:

@@ -170,10 +170,10 @@ def code_difference_rows(
     state: CoderState,
     data: Bytes,
     rows: NDArray[np.int64],
-    given: NDArray[np.float64],
     expected: NDArray[np.float32],
     factors: NDArray[np.float32],
     inverses: NDArray[np.float32],
+    given: NDArray[np.float64],
     places: Places,
     columns: DifferenceColumns,
     regression: NDArray[np.float64],
@@ -187,12 +187,12 @@ def code_difference_rows(
     ----------
     rows
         int64 of shape (rows, width): the places.
-    given
-        float64 of that shape: finite means known beforehand, in units.
     expected
-        float32 of that shape, zeros: room for what linear prediction adds to them.
+        float32 of that shape, zeros: room for what linear prediction adds to the means.
     factors, inverses
         Linear prediction from the entries to the left, see `linear_prediction.Factors`; of size 0 for none.
+    given
+        float64 of that shape: finite means known beforehand, in units.
     """
     width = rows.shape[1]
     linear = factors.size > 0

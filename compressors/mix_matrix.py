@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import ClassVar, TypeAlias
+from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +14,7 @@ from kcomplex.compressors.binary_coder import (
     POSITION,
     Bytes,
     CoderState,
+    finish_decoding,
     finish_encoding,
     start_decoding,
     start_encoding,
@@ -22,20 +23,18 @@ from kcomplex.compressors.linear_prediction import (
     NO_FACTORS,
     NO_PREDICTION,
     Covariance,
-    Factors,
     Matrix,
     blocks,
     is_predictable,
     plan,
 )
-from kcomplex.compressors.logistic import exponential
+from kcomplex.compressors.logistic import exponential, tables
 from kcomplex.compressors.logistic_mixing import Mixer, copied
 from kcomplex.errors import StreamError
 from kcomplex.estimator import Part, Shape
 from kcomplex.structure import Reader
 
 Integers: TypeAlias = NDArray[np.int64]
-CodeRows: TypeAlias = Callable[[int, int, Factors, Bytes], None]
 
 # What the first byte of a tensor's stream says: bits of a mode.
 PLAIN, MODELLED, TRANSPOSED, LINEAR = 0, 1, 2, 4
@@ -142,35 +141,90 @@ class RowDecoder:
         """Nothing: the kernel advances by itself."""
 
 
-def code_blocks(
-    coder: RowEncoder | RowDecoder,
-    memory: Memory,
-    shape: tuple[int, int],
-    choices: list[int],
-    code_rows: CodeRows,
-    numbers: Callable[[int, int], Matrix],
-) -> None:
-    """Code all rows of a matrix, learning its covariance block by block where there are choices of a prediction.
+class RowModel(NamedTuple):
+    """What codes the rows of a matrix.
 
-    Parameters
+    Attributes
     ----------
-    code_rows
-        Codes the rows from one index to another with the given factors and room.
-    numbers
-        Returns rows, already coded, as the covariance counts them.
+    kernel
+        Called with whether it decodes, the coder's state and bytes, the rows, zeros of their shape (float32), factors
+        and inverses of the linear prediction, further arguments, columns, regression, mixer, tables and bits spent.
+    columns
+        Returns what the kernel knows of columns, given their number, the matrix's scale, and the scales that columns
+        of an earlier matrix ended with; its attribute ``scale`` is what they end with.
+    names
+        What bits are spent on.
     """
-    height, width = shape
-    covariance = memory.covariance(width) if choices else None
-    spans = blocks(height, covariance.rows > 0, memory.eager) if covariance is not None else iter([(0, height)])
-    for index, (start, stop) in enumerate(spans):
-        factors = covariance.factors(choices[index]) if covariance is not None else NO_FACTORS
-        for first, last in _calls(start, stop, width):
-            code_rows(first, last, factors, coder.room((last - first) * width))
-            coder.advance()
+
+    kernel: Callable[..., None]
+    columns: Callable[[int, float, NDArray[np.float64]], Any]
+    names: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class MatrixCode:
+    """How one matrix is coded.
+
+    Attributes
+    ----------
+    scale
+        What its entries' magnitudes are expected to be before any is known, in its units.
+    choices
+        Of the linear prediction for each block of rows; none without one.
+    arguments
+        Returns what the kernel is told besides, of the rows from one index to another.
+    numbers
+        Returns rows, already coded, as the covariance counts them, given the index of the first.
+    """
+
+    model: RowModel
+    scale: float
+    choices: list[int]
+    arguments: Callable[[int, int], tuple[Any, ...]]
+    numbers: Callable[[Integers, int], Matrix]
+
+    def encode(self, memory: Memory, matrix: Integers) -> Part:
+        """Return the payload of a matrix, of which the memory learns."""
+        coder = RowEncoder()
+        spent = self._code(coder, memory, matrix)
+        return Part("payload", coder.finish(), dict(zip(self.model.names, spent.tolist(), strict=True)))
+
+    def decode(self, memory: Memory, payload: Bytes, shape: tuple[int, int]) -> Integers:
+        """Return the matrix in a payload.
+
+        Raises
+        ------
+        StreamError
+            The payload isn't that of such a matrix.
+        """
+        check_size(math.prod(shape), payload.size)
+        coder, matrix = RowDecoder(payload), np.empty(shape, np.int64)
+        self._code(coder, memory, matrix)
+        finish_decoding(coder.state, payload)
+        return matrix
+
+    def _code(self, coder: RowEncoder | RowDecoder, memory: Memory, matrix: Integers) -> NDArray[np.float64]:
+        """Code all rows, learning the covariance block by block where there are choices; return the bits spent."""
+        height, width = matrix.shape
+        columns = self.model.columns(width, self.scale, memory.scales((height, width), self.scale))
+        spent = np.zeros(len(self.model.names))
+        covariance = memory.covariance(width) if self.choices else None
+        spans = blocks(height, covariance.rows > 0, memory.eager) if covariance is not None else iter([(0, height)])
+        for index, (start, stop) in enumerate(spans):
+            factors = covariance.factors(self.choices[index]) if covariance is not None else NO_FACTORS
+            for first, last in _calls(start, stop, width):
+                rows, room = matrix[first:last], coder.room((last - first) * width)
+                self.model.kernel(
+                    coder.decoding, coder.state, room, rows, np.zeros(rows.shape, np.float32), *factors,
+                    *self.arguments(first, last), columns, memory.regression, memory.mixer, tables(), spent,
+                )  # fmt: skip
+                coder.advance()
+            if covariance is not None:
+                covariance.add(self.numbers(matrix[start:stop], start))
         if covariance is not None:
-            covariance.add(numbers(start, stop))
-    if covariance is not None:
-        memory.covariances[width] = covariance
+            memory.covariances[width] = covariance
+        memory.keep_scales((height, width), columns.scale, self.scale)
+        return spent
 
 
 def layouts(memory: Memory, matrix: Integers, largest: int) -> list[tuple[int, list[int]]]:

@@ -12,37 +12,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kcomplex.compressors.binary_coder import as_bytes, finish_decoding
-from kcomplex.compressors.centring import centre
 from kcomplex.compressors.difference_stream import DifferenceMix, GivenNumbers, new_difference_memory, ordinary
 from kcomplex.compressors.float_stream import FORMATS, FloatFormat, FloatMix, new_float_memory
-from kcomplex.compressors.linear_prediction import Factors
-from kcomplex.compressors.logistic import tables
-from kcomplex.compressors.mix_integers import FIELDS, code_integer_rows, new_columns, new_integer_mixer, new_regression
-from kcomplex.compressors.mix_matrix import (
-    LINEAR,
-    MODELLED,
-    PLAIN,
-    PLAINLY,
-    TRANSPOSED,
-    Integers,
-    Memory,
-    RowDecoder,
-    RowEncoder,
-    check_size,
-    code_blocks,
-    eighths_of_octaves,
-    folded,
-    layouts,
-    octave_fraction,
-    pack_choices,
-    read_choices,
-    read_middle,
-    shortest,
-    zigzag,
-)
+from kcomplex.compressors.integer_stream import LARGEST, IntegerMix, new_integer_memory
+from kcomplex.compressors.mix_matrix import Memory
 from kcomplex.compressors.palette import Palette
-from kcomplex.compressors.words import from_bytes, to_bytes
 from kcomplex.description import STRUCTURE
 from kcomplex.errors import StreamError
 from kcomplex.estimator import Coder, EncodedTensor, Part, Shape, Symbols, symbol_dtype, word_shape
@@ -50,8 +24,6 @@ from kcomplex.given import ordered_words
 from kcomplex.structure import Reader, varint
 from kcomplex.weights import TensorHandle, tensor_from_words, values_of, word_dtype, words_of
 
-# Integers are modelled up to this magnitude.
-_LARGEST = 1 << 48
 # What the first byte of a tensor given another says.
 _ALONE, _AS_NUMBERS, _AS_PALETTE = 0, 1, 2
 # Squared correlations with what is given below and above which a tensor is coded alone, or given it, without a trial.
@@ -59,11 +31,6 @@ _UNLIKE, _ALIKE = 0.005, 0.15
 # Floats with so few values, each often enough, are a table and integers.
 _MOST_VALUES = 4096
 _FEWEST_USES = 4
-
-
-def new_integer_memory() -> Memory:
-    """Return the memory of a stream's first integers."""
-    return Memory(new_integer_mixer(), new_regression())
 
 
 @dataclass(frozen=True)
@@ -233,93 +200,26 @@ class LearningMix(Coder):
         return [Part(STRUCTURE, bytes([_AS_NUMBERS])), *coder.encode_words(words, shape)]
 
     def _integer_differences(self, symbols: Symbols, shape: Shape, given: GivenNumbers) -> list[Part] | None:
-        if not symbols.size or max(abs(int(symbols.max())), abs(int(symbols.min()))) >= _LARGEST:
+        if not symbols.size or max(abs(int(symbols.max())), abs(int(symbols.min()))) >= LARGEST:
             return None
         return [Part(STRUCTURE, bytes([_AS_NUMBERS])), *self._difference(None, given).encode_words(symbols, shape)]
 
+    @property
+    def integers(self) -> IntegerMix:
+        """The coder of integers."""
+        return IntegerMix(self.linear, self.memory)
+
     def encode(self, symbols: Symbols) -> bytes:
         """Return the stream; see `Coder.encode`."""
-        return b"".join(part.data for part in self.encode_parts(symbols))
+        return self.integers.encode(symbols)
 
     def encode_parts(self, symbols: Symbols) -> list[Part]:
         """Return layout (structure), choices of the linear prediction (tables) and the payload."""
-        if not symbols.size:
-            return []
-        middle = centre(symbols)
-        values = symbols.astype(np.int64) - np.int64(middle)
-        largest = max(int(values.max()), -int(values.min()))
-        if largest >= _LARGEST:
-            return [Part(STRUCTURE, bytes([PLAIN])), Part("payload", to_bytes(symbols))]
-        matrix = values.reshape(folded(symbols.shape))
-        scale = min(max(eighths_of_octaves(max(float(np.abs(matrix).mean()), 2.0**-8)), -64), 383)
-        candidates = layouts(self.memory, matrix, largest) if self.linear else PLAINLY
-
-        def encode(memory: Memory, mode: int, choices: list[int]) -> list[Part]:
-            rows = np.ascontiguousarray(matrix.T) if mode & TRANSPOSED else matrix
-            spent, encoder = np.zeros(len(FIELDS)), RowEncoder()
-            _code(memory, rows, scale, choices, encoder, spent)
-            return [
-                Part(STRUCTURE, bytes([mode | MODELLED]) + varint(zigzag(middle)) + varint(scale + 64)),
-                Part("tables", pack_choices(choices)),
-                Part("payload", encoder.finish(), dict(zip(FIELDS, spent.tolist(), strict=True))),
-            ]
-
-        return shortest(self.memory, candidates, encode)
+        return self.integers.encode_parts(symbols)
 
     def decode(self, data: bytes, shape: Shape, dtype: np.dtype[Any]) -> Symbols:
         """Return the integers; see `Coder.decode`."""
-        if not math.prod(shape):
-            return from_bytes(data, shape, dtype)
-        reader = Reader(data)
-        mode = reader.take(1)[0]
-        if mode == PLAIN:
-            return from_bytes(reader.rest(), shape, dtype)
-        if not mode & MODELLED or mode > MODELLED + TRANSPOSED + LINEAR:
-            raise StreamError(f"mix: a tensor of integers can't begin with {mode}")
-        middle = read_middle(reader)
-        scale = reader.varint() - 64
-        if scale > 383:
-            raise StreamError(f"mix: a scale of {scale} eighths of an octave")
-        height, width = folded(shape)
-        if mode & TRANSPOSED:
-            height, width = width, height
-        choices = read_choices(reader, self.memory, (height, width)) if mode & LINEAR else []
-        payload = as_bytes(reader.rest())
-        check_size(height * width, payload.size)
-        values = np.empty((height, width), np.int64)
-        decoder = RowDecoder(payload)
-        _code(self.memory, values, scale, choices, decoder, np.zeros(len(FIELDS)))
-        finish_decoding(decoder.state, payload)
-        if mode & TRANSPOSED:
-            values = values.T
-        symbols: Symbols = (values.reshape(shape) + np.int64(middle)).astype(dtype)
-        return symbols
-
-
-def _code(
-    memory: Memory,
-    matrix: Integers,
-    scale_index: int,
-    choices: list[int],
-    coder: RowEncoder | RowDecoder,
-    spent: NDArray[np.float64],
-) -> None:
-    shape, scale = matrix.shape, octave_fraction(scale_index)
-    columns = new_columns(shape[1], scale, memory.scales(shape, scale))
-
-    def code_rows(start: int, stop: int, factors: Factors, room: NDArray[np.uint8]) -> None:
-        rows = matrix[start:stop]
-        expected = np.zeros(rows.shape, np.float32)
-        code_integer_rows(
-            coder.decoding, coder.state, room, rows, expected, *factors, columns, memory.regression, memory.mixer,
-            tables(), spent,
-        )  # fmt: skip
-
-    def numbers(start: int, stop: int) -> NDArray[np.float64]:
-        return matrix[start:stop].astype(np.float64)
-
-    code_blocks(coder, memory, shape, choices, code_rows, numbers)
-    memory.keep_scales(shape, columns.scale, scale)
+        return self.integers.decode(data, shape, dtype)
 
 
 class _SortedPalette(NamedTuple):
