@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -11,6 +11,9 @@ from numpy.typing import NDArray
 
 from kcomplex.compressors.binary_coder import as_bytes
 from kcomplex.compressors.float_stream import FloatFormat, octave_and_powers, relative, unit
+from kcomplex.compressors.integer_stream import new_integer_memory
+from kcomplex.compressors.line import Line, fitted_line, ordinary, read_line
+from kcomplex.compressors.low_rank import STEP, Directions, LowRank, directions, read_low_rank
 from kcomplex.compressors.mix_differences import (
     FIELDS,
     Places,
@@ -24,6 +27,7 @@ from kcomplex.compressors.mix_floats import LARGEST, Fields
 from kcomplex.compressors.mix_integers import new_regression
 from kcomplex.compressors.mix_matrix import (
     LINEAR,
+    PLAINLY,
     TRANSPOSED,
     Integers,
     MatrixCode,
@@ -43,66 +47,47 @@ from kcomplex.errors import StreamError
 from kcomplex.estimator import Coder, Part, Shape, Symbols
 from kcomplex.structure import Reader, varint
 
-_SAME, _ZEROS, _NEGATIVE_ZEROS, _OFFSET = 8, 16, 32, 64
+_SAME, _ZEROS, _NEGATIVE_ZEROS, _OFFSET, _LOW_RANK = 8, 16, 32, 64, 128
 _STEPS = 64
 # A share of entries that are as given, or zero, below which telling them costs more than it saves.
 _FEWEST_TOLD = 1e-3
-# Rounding the factor moves what is expected by at most about so many mean differences.
-_PRECISION = 0.01
-_MOST_BITS = 60
 _MOST_EIGHTHS = 8 * 900
+# Each rank that is tried is so many times lower than the one before; each step of its factors so many times finer.
+_FEWER, _FINER = 2, 4.0
+_MOST_FITS = 4
+# Predictions wrong by less than this share of the distance between places are as good as exact.
+_EXACT = 0.05
 
 
-class Line(NamedTuple):
-    """What is expected of an entry, told before a matrix: a factor of the given weights, and an offset.
+@dataclass
+class DifferenceMemory(Memory):
+    """What tensors given others leave to those after them.
 
     Attributes
     ----------
-    factor, bits
-        The factor is ``factor / 2**bits``.
-    offset, offset_bits
-        The same for the offset.
+    factors
+        What low-rank parts leave to each other.
     """
 
-    factor: int
-    bits: int
-    offset: int = 0
-    offset_bits: int = 0
+    factors: Memory = field(default_factory=new_integer_memory)
 
-    def of(self, given: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Return what is expected, the same bits on every machine; zero where that isn't finite."""
-        with np.errstate(over="ignore", invalid="ignore"):
-            scaled = given * math.ldexp(self.factor, -self.bits)
-            expected = scaled + math.ldexp(self.offset, -self.offset_bits)
-        return np.where(np.isfinite(expected), expected, 0.0)
+    def copy(self) -> DifferenceMemory:
+        """Return a copy for a trial."""
+        plain = super().copy()
+        return DifferenceMemory(
+            plain.mixer, plain.regression, plain.eager, plain.column_scales, plain.covariances, self.factors.copy()
+        )
 
-    def to_bytes(self) -> bytes:
-        """Return what `read_line` reads; without an offset of zero."""
-        pieces = [zigzag(self.factor), zigzag(self.bits)]
-        if self.offset:
-            pieces += [zigzag(self.offset), zigzag(self.offset_bits)]
-        return b"".join(map(varint, pieces))
+    def become(self, other: Memory) -> None:
+        """Take over what another memory, not used any more, has learned."""
+        super().become(other)
+        if isinstance(other, DifferenceMemory):
+            self.factors = other.factors
 
 
-def read_line(reader: Reader, offset: bool) -> Line:
-    """Return the line in a stream.
-
-    Raises
-    ------
-    StreamError
-        Its numbers are out of range.
-    """
-    line = Line(*(unzigzag(reader.varint()) for _ in range(4 if offset else 2)))
-    octaves = max(line.factor.bit_length() - line.bits, line.offset.bit_length() - line.offset_bits)
-    large = max(abs(line.factor), abs(line.offset)) >> _MOST_BITS
-    if max(abs(line.bits), abs(line.offset_bits)) > 1000 or octaves > 1023 or large:
-        raise StreamError("mix: the factor of what is given is out of range")
-    return line
-
-
-def new_difference_memory() -> Memory:
+def new_difference_memory() -> DifferenceMemory:
     """Return the memory of a stream's first differences."""
-    return Memory(new_difference_mixer(), new_regression(), eager=True)
+    return DifferenceMemory(new_difference_mixer(), new_regression(), eager=True)
 
 
 @dataclass
@@ -135,9 +120,20 @@ class GivenNumbers:
         with np.errstate(invalid="ignore"):
             return self.flat[first : self.taken].astype(np.float64).reshape(shape)
 
-    def expected(self, line: Line, given: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Return what is expected of entries: numbers, or positions between those of the table."""
+    def expected(
+        self, line: Line, given: NDArray[np.float64], product: NDArray[np.float64] | None = None
+    ) -> NDArray[np.float64]:
+        """Return what is expected of entries: numbers, or positions between those of the table.
+
+        Parameters
+        ----------
+        product
+            What is expected to be added to a line.
+        """
         numbers = line.of(given)
+        if product is not None:
+            with np.errstate(over="ignore"):
+                numbers = np.clip(numbers + product, -1e300, 1e300)
         if self.table is None:
             return numbers
         over = np.clip(np.searchsorted(self.table, numbers), 1, max(self.table.size - 1, 1))
@@ -149,13 +145,19 @@ class GivenNumbers:
         return under - self.shift + part
 
 
+class _Attempt(NamedTuple):
+    size: int
+    parts: list[Part]
+    memory: DifferenceMemory
+
+
 @dataclass(frozen=True)
 class DifferenceMix(Coder):
     """Codes integers, or the words of floats, given others."""
 
     format: FloatFormat | None
     linear: bool
-    memory: Memory
+    memory: DifferenceMemory
     given: GivenNumbers
     name: ClassVar[str] = "difference_mix"
 
@@ -164,12 +166,55 @@ class DifferenceMix(Coder):
         return b"".join(part.data for part in self.encode_parts(symbols))
 
     def encode_parts(self, symbols: Symbols) -> list[Part]:
-        """Return layout (structure), choices of the linear prediction (tables) and the payload."""
+        """Return layout (structure), low-rank part, choices of the linear prediction (tables) and the payload."""
         places = self._places(symbols.reshape(folded(symbols.shape)))
         given = self.given.take(places.shape)
+        line = self._line(places, given)
+        found = directions(self._update(places, given, line), self._floor(places))
+        if found is None:
+            return self._encoded(self.memory, places, given, line, None)
+
+        def attempt(line: Line, low_rank: LowRank | None) -> _Attempt:
+            memory = self.memory.copy()
+            parts = self._encoded(memory, places, given, line, low_rank)
+            return _Attempt(sum(len(part.data) for part in parts), parts, memory)
+
+        best = attempt(line, None)
+        rank, former, chosen = found.best_rank(), math.inf, None
+        # What the linear prediction finds by itself needn't be told: with it, fewer directions may be best.
+        while rank:
+            fitted, found = self._fitted(places, given, line, rank, found.floor)
+            trial = attempt(fitted, found.rounded(rank, STEP))
+            if trial.size >= former:
+                break
+            former = trial.size
+            if trial.size < best.size:
+                best, chosen = trial, (fitted, found, rank)
+            rank //= _FEWER
+        if chosen is not None:
+            fitted, found, rank = chosen
+            step = STEP
+            # Where about nothing but rounding is left over, it may be told by telling the factors more finely.
+            while found.rest(rank) * _EXACT <= found.floor:
+                step /= _FINER
+                trial = attempt(fitted, found.rounded(rank, step))
+                if trial.size >= best.size:
+                    break
+                best = trial
+        self.memory.become(best.memory)
+        return best.parts
+
+    def _encoded(
+        self,
+        memory: DifferenceMemory,
+        places: Integers,
+        given: NDArray[np.float64],
+        line: Line,
+        low_rank: LowRank | None,
+    ) -> list[Part]:
+        """Return the parts of a stream with a line and a low-rank part; the memory learns from them."""
         exact = self._fields(0, 0)
-        line = self._line(places, given, exact)
-        expected = self.given.expected(line, given)
+        expected = self.given.expected(line, given, None if low_rank is None else low_rank.product())
         nearest = nearest_places(expected, exact)
         zeros = self._zeros(places, nearest)
         same = self.format is not None and float((nearest == places).mean()) > _FEWEST_TOLD
@@ -179,34 +224,41 @@ class DifferenceMix(Coder):
         fields = self._fields(eighths, zeros)
         told = Places(fields, same)
         means = _in_units(expected, eighths)
-        candidates: list[tuple[int, list[int]]] = [(0, [])]
+        flags = (_SAME if same else 0) | (0, _ZEROS, _NEGATIVE_ZEROS)[zeros] | (_OFFSET if line.offset else 0)
+        factors = []
+        if low_rank is not None:
+            flags |= _LOW_RANK
+            factors = [low_rank.part(memory.factors)]
+        candidates = PLAINLY
         if self.linear:
             steps = _steps(places, means, fields)
-            candidates = layouts(self.memory, steps, int(np.abs(steps).max()))
+            candidates = layouts(memory, steps, int(np.abs(steps).max()))
 
         def encode(memory: Memory, mode: int, choices: list[int]) -> list[Part]:
             rows, known = (places.T.copy(), means.T.copy()) if mode & TRANSPOSED else (places, means)
-            flags = (_SAME if told.same else 0) | (0, _ZEROS, _NEGATIVE_ZEROS)[zeros] | (_OFFSET if line.offset else 0)
             return [
                 Part(STRUCTURE, bytes([mode | flags]) + varint(zigzag(eighths)) + line.to_bytes()),
+                *factors,
                 Part("tables", pack_choices(choices)),
                 _code(told, known, eighths, choices).encode(memory, rows),
             ]
 
-        return shortest(self.memory, candidates, encode)
+        return shortest(memory, candidates, encode)
 
     def decode(self, data: bytes, shape: Shape, dtype: np.dtype[Any]) -> Symbols:
         """Return the integers or words; see `Coder.decode`."""
         reader = Reader(data)
         mode = reader.take(1)[0]
-        if mode & 1 or mode & 128 or (mode & _ZEROS and mode & _NEGATIVE_ZEROS):
+        if mode & 1 or (mode & _ZEROS and mode & _NEGATIVE_ZEROS):
             raise StreamError(f"mix: a tensor given another can't begin with {mode}")
         eighths = unzigzag(reader.varint())
         if abs(eighths) > _MOST_EIGHTHS:
             raise StreamError(f"mix: a scale of {eighths} eighths of an octave")
         line = read_line(reader, bool(mode & _OFFSET))
         height, width = folded(shape)
-        means = _in_units(self.given.expected(line, self.given.take((height, width))), eighths)
+        low_rank = read_low_rank(reader, self.memory.factors, (height, width)) if mode & _LOW_RANK else None
+        product = None if low_rank is None else low_rank.product()
+        means = _in_units(self.given.expected(line, self.given.take((height, width)), product), eighths)
         if mode & TRANSPOSED:
             height, width, means = width, height, means.T.copy()
         choices = read_choices(reader, self.memory, (height, width)) if mode & LINEAR else []
@@ -217,15 +269,44 @@ class DifferenceMix(Coder):
             places = places.T
         return self._symbols(places, shape, dtype)
 
-    def _line(self, places: Integers, given: NDArray[np.float64], exact: Fields) -> Line:
+    def _line(self, places: Integers, given: NDArray[np.float64], product: NDArray[np.float64] | None = None) -> Line:
         """Return what is expected: the given weights themselves where some are the same, or the best line."""
         if self.format is not None:
-            line = Line(1, 0)
-            if (nearest_places(self.given.expected(line, given), exact) == places).mean() > _FEWEST_TOLD:
+            line, exact = Line(1, 0), self._fields(0, 0)
+            if (nearest_places(self.given.expected(line, given, product), exact) == places).mean() > _FEWEST_TOLD:
                 return line
+        numbers = self._numbers(places)
+        with_offset = self.format is None and self.given.table is None
+        return fitted_line(numbers if product is None else numbers - product, given, with_offset)
+
+    def _fitted(
+        self, places: Integers, given: NDArray[np.float64], line: Line, rank: int, floor: float
+    ) -> tuple[Line, Directions]:
+        """Return line and directions that go together: each is the best for what the other leaves over."""
+        for _ in range(_MOST_FITS):
+            found = Directions.of(self._update(places, given, line), rank, floor)
+            other = self._line(places, given, found.product(rank))
+            if other == line:
+                return line, found
+            line = other
+        return line, Directions.of(self._update(places, given, line), rank, floor)
+
+    def _update(self, places: Integers, given: NDArray[np.float64], line: Line) -> NDArray[np.float64]:
+        """Return differences of numbers from a line; none where either is no usual number."""
+        numbers = self._numbers(places)
+        return np.where(ordinary(numbers) & ordinary(given), numbers - line.of(given), 0.0)
+
+    def _floor(self, places: Integers) -> float:
+        """Return an error of a prediction that is as good as none."""
+        steps = np.diff(self.given.table) if self.given.table is not None else self._numbers(places + 1)
+        if self.given.table is None:
+            steps = steps - self._numbers(places)
+        return max(_EXACT * float(np.median(np.abs(steps))) if steps.size else 0.0, 1e-150)
+
+    def _numbers(self, places: Integers) -> NDArray[np.float64]:
+        """Return what places stand for."""
         table = self.given.table
-        numbers = numbers_of(places, exact) if table is None else table[places + self.given.shift]
-        return _fitted(numbers, given, self.format is None and table is None)
+        return numbers_of(places, self._fields(0, 0)) if table is None else table[places + self.given.shift]
 
     def _zeros(self, places: Integers, nearest: Integers) -> int:
         """Return whether a flag is to tell zeros, because there are many that aren't expected; 2 for both signs."""
@@ -301,41 +382,3 @@ def _scale(differences: NDArray[np.float64]) -> int:
         return 0
     mean = float(counted[counted <= 64.0 * np.median(counted)].mean())
     return min(max(eighths_of_octaves(mean), -_MOST_EIGHTHS), _MOST_EIGHTHS)
-
-
-def _fitted(values: NDArray[np.float64], given: NDArray[np.float64], with_offset: bool) -> Line:
-    """Return the line with the least squared error over entries that aren't zero, rounded to what matters."""
-    used = ordinary(values) & ordinary(given)
-    nonzero = used & (values != 0)
-    used = nonzero if nonzero.any() else used
-    x, y = given[used], values[used]
-    power = float(np.square(x).sum())
-    if not power > 0:
-        return Line(0, 0)
-    offset = 0.0
-    if with_offset:
-        spread = float(np.square(x - x.mean()).sum())
-        factor = float(((x - x.mean()) * (y - y.mean())).sum() / spread) if spread > 0 else 0.0
-        offset = float(y.mean() - factor * x.mean())
-    else:
-        factor = float((x * y).sum() / power)
-    error = max(float(np.abs(y - factor * x - offset).mean()), 1e-300)
-    return Line(*_rounded(factor, _PRECISION * error / math.sqrt(power / x.size)), *_rounded(offset, 0.05 * error))
-
-
-def ordinary(numbers: NDArray[np.float64]) -> NDArray[np.bool_]:
-    """Return which numbers are finite and no outliers: one broken weight mustn't decide for all."""
-    magnitudes = np.where(np.isfinite(numbers), np.abs(numbers), np.inf)
-    usual = magnitudes[(magnitudes > 0) & (magnitudes < 1e100)]
-    return magnitudes <= (1000.0 * float(np.median(usual)) if usual.size else 0.0)
-
-
-def _rounded(number: float, precision: float) -> tuple[int, int]:
-    """Return integer and bits after its point of a number rounded to about a precision, without zeros at its end."""
-    if not math.isfinite(number) or abs(number) < max(precision, 1e-290):
-        return 0, 0
-    bits = min(math.ceil(-math.log2(max(precision, 1e-300))), 52 - math.frexp(number)[1])
-    integer = round(math.ldexp(number, bits))
-    while integer and integer % 2 == 0:
-        integer, bits = integer // 2, bits - 1
-    return (integer, bits) if integer and abs(bits) <= 1000 else (0, 0)

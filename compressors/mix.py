@@ -15,7 +15,9 @@ from kcomplex.estimator import Coder, Part, Shape, Symbols
 class Mix(Coder):
     """Decides bit by bit with a mixture of adaptive and parametric predictions: short codes, at 1e6 weights a second.
 
-    Tensors of a stream share what is learned, so that a tensor is decoded after those before it.
+    Tensors of a stream share what is learned, so that a tensor is decoded after those before it. Given other weights,
+    each tensor is expected to be a factor times what is given for it, plus an offset (of integers) and a matrix of low
+    rank; what differs from that is coded. The rank, 0 included, is that of the shortest of several streams.
     """
 
     name: ClassVar[str] = "mix"

@@ -12,9 +12,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kcomplex.compressors.difference_stream import DifferenceMix, GivenNumbers, new_difference_memory, ordinary
+from kcomplex.compressors.difference_stream import (
+    DifferenceMemory,
+    DifferenceMix,
+    GivenNumbers,
+    new_difference_memory,
+)
 from kcomplex.compressors.float_stream import FORMATS, FloatFormat, FloatMix, new_float_memory
 from kcomplex.compressors.integer_stream import LARGEST, IntegerMix, new_integer_memory
+from kcomplex.compressors.line import ordinary
 from kcomplex.compressors.mix_matrix import Memory
 from kcomplex.compressors.palette import Palette
 from kcomplex.description import STRUCTURE
@@ -78,7 +84,7 @@ class LearningMix(Coder):
         return tensor_from_words(Palette().join(side, [symbols], shape, word), dtype, shape)
 
     @cached_property
-    def differences(self) -> Memory:
+    def differences(self) -> DifferenceMemory:
         """What tensors given others leave to each other."""
         return new_difference_memory()
 

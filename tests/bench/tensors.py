@@ -65,6 +65,11 @@ def tensor_set(name: str) -> Path:
     return path
 
 
+def initial(source: str) -> dict[str, torch.Tensor]:
+    """Return the matrices that one of the small networks was trained from, as its sets name and shape them."""
+    return _weights(_network(source))
+
+
 def convert(matrix: NDArray[np.float32], kind: str) -> NDArray[Any]:
     """Return a matrix in another precision.
 
@@ -107,10 +112,14 @@ def _matrices(source: str) -> Matrices:
         torch.set_num_threads(TRAINING_THREADS)
         _train(network, shrinkage=0.35 if source == "mlpl1" else 0.0)
         torch.set_num_threads(threads)
-        weights = {name: weight.detach() for name, weight in network.named_parameters() if weight.ndim > 1}
-        _save(path, {name: weight.reshape(len(weight), -1).numpy() for name, weight in weights.items()})
+        _save(path, {name: weight.numpy() for name, weight in _weights(network).items()})
     with np.load(path) as arrays:
         return dict(arrays)
+
+
+def _weights(network: nn.Module) -> dict[str, torch.Tensor]:
+    weights = {name: weight.detach() for name, weight in network.named_parameters() if weight.ndim > 1}
+    return {name: weight.reshape(len(weight), -1) for name, weight in weights.items()}
 
 
 def _language_model() -> Matrices:

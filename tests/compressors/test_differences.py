@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kcomplex as kc
-from kcomplex.compressors.difference_stream import Line, read_line
 from kcomplex.compressors.float_stream import FORMATS, octave_and_powers
+from kcomplex.compressors.line import Line, read_line
 from kcomplex.compressors.mix_differences import nearest, number
 from kcomplex.compressors.mix_floats import Fields
 from kcomplex.errors import KComplexError, SpecError, StreamError
