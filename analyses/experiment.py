@@ -157,10 +157,12 @@ class Experiment:
         Raises
         ------
         SpecError, UnknownNameError, PluginError
-            One of them can't be built.
+            One of them can't be built, or the mode needs more epochs.
         """
         network(self.network)
-        mode(self.mode)
+        least = mode(self.mode).least_epochs()
+        if self.epochs < least:
+            raise SpecError(f"epochs must be {least} or more for {self.mode!r}, not {self.epochs}")
         for spec in self.estimators:
             build_estimator(spec)
 

@@ -66,9 +66,9 @@ def run(
         return path
     experiment.check()
     data = load(experiment.data, data_dir)
-    _write_configuration(experiment, path / CONFIGURATION)
     with _own_randomness_and_threads(experiment):
         training = Training(experiment, data)
+        _write_configuration(experiment, path / CONFIGURATION)
         _train(training, path, progress)
         _write_final(training, path / FINAL)
     (path / CHECKPOINT).unlink(missing_ok=True)

@@ -162,8 +162,11 @@ class Training:
         return inputs if self.experiment.augmentation == "none" else crop_and_flip(inputs, self.shuffling)
 
     def _objective(self) -> float:
-        """Return what the stopping rule looks at; it costs an evaluation, so not where nothing stops early."""
-        if not self.experiment.window:
+        """Return what the stopping rule looks at; NaN, which it doesn't compare, where the penalty isn't steady.
+
+        It costs an evaluation, so not where nothing stops early.
+        """
+        if not self.experiment.window or not self.mode.steady():
             return math.nan
         with torch.no_grad():
             return self._validation_loss() + float(self.mode.penalty())

@@ -105,6 +105,14 @@ class Mode(ABC):
         """Return whether the regularised phase may end before its time (see `kcomplex.training.schedule`)."""
         return True
 
+    def steady(self) -> bool:
+        """Return whether the penalty is what it will stay: objectives with another one aren't compared with it."""
+        return True
+
+    def least_epochs(self) -> int:
+        """Return how many regularised epochs there must be for the mode to do what its configuration says."""
+        return 0
+
     def begin_fine_tuning(self, evaluate: Evaluate, error: Evaluate | None = None) -> None:
         """End the regularised phase and prune; from here on `penalty` is zero and what was pruned stays pruned.
 

@@ -141,6 +141,15 @@ class Pruning(Mode):
         """Return whether the price has risen to its value."""
         return self.pruned_state.epochs >= self.rising_epochs
 
+    def steady(self) -> bool:
+        """Return whether the price of the epoch to come is the full one, or there is none any more."""
+        state = self.pruned_state
+        return state.fine_tuning or state.present_price == state.price
+
+    def least_epochs(self) -> int:
+        """Return the epochs that the price takes to rise."""
+        return self.rising_epochs
+
     def begin_fine_tuning(self, evaluate: Evaluate, error: Evaluate | None = None) -> None:
         """Prune by magnitude as much as is tolerated on held-out data, and fix what is pruned; see `tamade`.
 

@@ -161,7 +161,7 @@ class Course:
         ----------
         objective
             What the phase minimises, on held-out data: the loss and, while regularised, the penalty. The loss alone
-            would take a network back to where it was larger.
+            would take a network back to where it was larger. NaN is not compared.
         settled
             Whether the mode allows the regularised phase to end before its time.
 

@@ -92,6 +92,14 @@ class Sequence(Mode):
         """Return whether the first mode is."""
         return self.first.settled()
 
+    def steady(self) -> bool:
+        """Return whether the attached modes are."""
+        return all(mode.steady() for mode in self._attached)
+
+    def least_epochs(self) -> int:
+        """Return those of the first mode, the only one there is while the penalty holds."""
+        return self.first.least_epochs()
+
     def begin_fine_tuning(self, evaluate: Evaluate, error: Evaluate | None = None) -> None:
         """Let the first mode prune, and attach the second one."""
         self.first.begin_fine_tuning(evaluate, error)

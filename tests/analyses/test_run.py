@@ -32,7 +32,7 @@ MODES = [
     "codeq:target_zeros=0.5",
     "momos:capacity=0.2",
     "momos:capacity=0.2,quantiser=codeq,bits=4",
-    "pmmp",
+    "pmmp:rising_epochs=2",
     "drr|codeq",
     "gradual_pruning:span=10,every=2",
     "lottery_ticket:rounds=1,epochs=1",
@@ -260,6 +260,37 @@ def test_a_run_that_stops_early_is_shorter_and_goes_on_where_it_was_interrupted(
     parts = run(experiment, tmp_path / "parts")
     assert same(whole, parts)
     assert load_snapshots(parts)["epoch"].max() == 12
+
+
+def test_while_a_price_rises_the_objectives_are_not_compared() -> None:
+    # Nothing is learned: all that changes is the price, until the eighth epoch or the twenty-fifth.
+    still = dataclasses.replace(SHORT, lr=1e-12, schedule="constant", epochs=40, fine_tune_epochs=0, window=6)
+    early, late = (
+        Training(dataclasses.replace(still, mode=f"drr:alpha=0.01,rising_epochs={epochs}|uniform_qat"), load("digits"))
+        for epochs in (8, 25)
+    )
+    while not early.finished:
+        early.run_epoch()
+    # Six objectives under the full price; what is seen after seven epochs is priced as the eighth one is.
+    assert early.epoch == 7 + 6 - 1
+    for _ in range(20):
+        late.run_epoch()
+        assert late._kept is None
+
+
+def test_a_price_that_never_rises_to_its_value_is_refused(tmp_path: Path) -> None:
+    experiment = dataclasses.replace(SHORT, mode="drr:rising_epochs=3|uniform_qat")
+    with pytest.raises(SpecError, match="epochs must be 3 or more for 'drr:rising_epochs=3"):
+        run(experiment, tmp_path)
+    dataclasses.replace(experiment, epochs=3).check()
+
+
+def test_a_network_that_does_not_take_the_data_leaves_nothing_behind(tmp_path: Path) -> None:
+    wrong = dataclasses.replace(SHORT, network="gpt")
+    with pytest.raises(SpecError, match="gpt takes characters"):
+        run(wrong, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    run(SHORT, tmp_path)
 
 
 def test_the_best_turning_point_is_restored(monkeypatch: pytest.MonkeyPatch) -> None:
