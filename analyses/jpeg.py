@@ -81,7 +81,7 @@ def _pixels(content: Any, where: str) -> NDArray[np.uint8]:
             (width, height), mode = image.size, image.mode
             # The header says so: nothing of another size is decoded.
             pixels = np.array(image) if (width, height) == _PIXELS and mode == "RGB" else None
-    except (OSError, SyntaxError, ValueError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(f"{where} can't be read as a JPEG image: {error}") from error
     if pixels is None:
         raise DataError(f"{where} is {width}x{height} in mode {mode}, not 32x32 in colour")

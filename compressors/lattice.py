@@ -96,7 +96,9 @@ def _step_of(values: Floats) -> tuple[np.floating[Any], Multiples] | None:
         quotient = magnitudes[0] / values.dtype.type(steps)
         if not quotient or not _nearly_whole(magnitudes[:: max(1, magnitudes.size // _PROBE)], quotient):
             continue
-        wide = np.rint(values.astype(np.float64) / float(quotient))
+        # What is too many steps becomes infinite.
+        with np.errstate(over="ignore"):
+            wide = np.rint(values.astype(np.float64) / float(quotient))
         if np.abs(wide).max() > _FORMATS[values.itemsize][1]:
             return None
         multiples = wide.astype(np.int64)
@@ -107,7 +109,7 @@ def _step_of(values: Floats) -> tuple[np.floating[Any], Multiples] | None:
 
 
 def _nearly_whole(magnitudes: Floats, quotient: np.floating[Any]) -> bool:
-    # What is too many steps becomes infinite, and isn't near a whole number.
+    # What is infinite isn't near a whole number.
     with np.errstate(over="ignore", invalid="ignore"):
         numbers = magnitudes.astype(np.float64) / float(quotient)
         return bool((np.abs(numbers - np.rint(numbers)) <= _SLACK * numbers).all())

@@ -51,7 +51,7 @@ def bit_operations(
     ------
     SpecError
         ``bits`` names something that isn't the weight of a linear, convolution, attention or embedding layer, or the
-        pass used none.
+        pass used none, or weights aren't plain parameters.
 
     Notes
     -----
@@ -75,6 +75,9 @@ def bit_operations(
     counted(*inputs) if isinstance(inputs, tuple) else counted(inputs)
     # A tied weight is quantised under one of its names, and multiplies under another.
     parameters = dict(counted.named_parameters(remove_duplicate=False))
+    hidden = [name for name in macs if name not in parameters]
+    if hidden:
+        raise SpecError(f"not plain parameters: {', '.join(hidden)}; take the model that the mode's convert returns")
     known = {id(parameters[name]) for name in macs}
     known |= {id(module.weight) for module in counted.modules() if isinstance(module, nn.Embedding)}
     unknown = [name for name in bits if name not in parameters or id(parameters[name]) not in known]

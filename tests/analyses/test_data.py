@@ -197,6 +197,13 @@ def jpeg(colour: int, size: tuple[int, int] = (32, 32), mode: str = "RGB") -> by
     return file.getvalue()
 
 
+def enormous() -> bytes:
+    """Return a small file whose header says that there are 65,535 x 65,535 pixels."""
+    content = jpeg(1)
+    sides = content.index(b"\xff\xc0") + 5
+    return content[:sides] + b"\xff" * 4 + content[sides + 4 :]
+
+
 def jpegs() -> dict[str, bytes]:
     """Return eight images of three classes for training and two for testing, each class of another brightness."""
     files = {}
@@ -253,6 +260,7 @@ def test_jpegs_are_read_from_a_folder_or_an_archive(tmp_path: Path, kind: str) -
         (lambda files: files | {"train/bird/0003.jpg": b""}, "0003.jpg can't be read"),
         (lambda files: files | {"train/bird/0003.jpg": b"GIF89a" + bytes(99)}, "0003.jpg can't be read"),
         (lambda files: files | {"train/bird/0003.jpg": jpeg(1, (33, 32))}, "0003.jpg is 33x32 in mode RGB"),
+        (lambda files: files | {"train/bird/0003.jpg": enormous()}, "0003.jpg can't be read"),
         (lambda files: files | {"train/bird/0003.jpg": jpeg(1, mode="L")}, "0003.jpg is 32x32 in mode L"),
         (lambda files: files | {"train/bird/0008.jpg": jpeg(1)}, "train/bird has 9 images, not 8"),
         (lambda files: {name: files[name] for name in files if name != "test/bird/0001.jpg"}, "test/bird has 1 images"),

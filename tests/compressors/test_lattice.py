@@ -64,6 +64,13 @@ def test_the_ends_of_the_range_are_as_good_as_any_floats(floats):
         assert table is None or np.array_equal(decode_lattice(table, words.dtype, words.size), words)
 
 
+def test_a_largest_float_beyond_all_steps_has_none():
+    # There are more words than are looked at first, and the largest isn't one of those.
+    values = np.arange(1, 200) * 5e-324
+    assert encode_lattice(values.view("u8")) is not None
+    assert encode_lattice(np.append(values, 1e308).view("u8")) is None
+
+
 @pytest.mark.parametrize("dtype", ["u1", "u2", "i4"])
 def test_words_that_are_no_floats_have_no_step(dtype):
     assert encode_lattice(np.arange(1, 9).astype(dtype)) is None

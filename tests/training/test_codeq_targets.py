@@ -172,6 +172,13 @@ def test_bits_of_something_that_multiplies_nothing_are_refused():
         bit_operations(nn.ReLU(), torch.randn(1, 3), {})
 
 
+def test_the_weights_of_a_mode_in_training_are_not_counted():
+    model = network()
+    CoDeQ().prepare(model)
+    with pytest.raises(SpecError, match=r"not plain parameters: 0\.weight, .*convert"):
+        bit_operations(model, torch.zeros(1, 20), {})
+
+
 @pytest.mark.parametrize("per_channel", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_integers_reload_into_the_plain_module_bit_for_bit(tmp_path, per_channel, dtype):
