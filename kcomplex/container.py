@@ -208,10 +208,10 @@ class Container:
         if len(wanted) == 1:
             return self._decoded(decoder, self._streams[wanted[0]])
         try:
-            require_memory([entry])
+            require_memory(entry.nbytes + 2 * max(_of_piece(entry, self._streams[index]).nbytes for index in wanted))
         except StreamError as error:
             raise StreamError(f"{self.path}: the tensor {entry.names[0]!r} can't be decoded: {error}") from error
-        data = torch.empty(math.prod(entry.shape) * entry.dtype.itemsize, dtype=torch.uint8)
+        data = torch.empty(entry.nbytes, dtype=torch.uint8)
         for index in wanted:
             start, stop, _ = self._streams[index].piece
             words = words_of(self._decoded(decoder, self._streams[index]))
@@ -222,8 +222,8 @@ class Container:
         entry = self.entries[stream.tensor]
         what = f"the tensor {entry.names[0]!r}"
         try:
-            piece = replace(entry, shape=stream.piece.shape)
-            require_memory([piece])
+            piece = _of_piece(entry, stream)
+            require_memory(2 * piece.nbytes)
             data = self._section(stream.offset, stream.length, stream.digest, what)
             return decoder.decode_entry(data, piece, self._shared)
         except (StreamError, MemoryError) as error:
@@ -249,6 +249,10 @@ class Container:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _of_piece(entry: TensorEntry, stream: PieceStream) -> TensorEntry:
+    return replace(entry, shape=stream.piece.shape)
 
 
 def decode_file(

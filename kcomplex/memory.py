@@ -2,47 +2,76 @@
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 from kcomplex.errors import StreamError
-from kcomplex.structure import TensorEntry
 
 # Claims of so many bytes are never refused.
 _SMALL = 1 << 26
-_KERNEL, _GROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup/memory.max")
+_KERNEL = Path("/proc/meminfo")
+
+
+class _Group(NamedTuple):
+    """Where a version of Linux control groups tells a limit and what is used of it, files in memory included."""
+
+    folder: Path
+    limit: str
+    used: str
+    files: str
+    shared: str
+
+
+_GROUPS = (
+    _Group(Path("/sys/fs/cgroup"), "memory.max", "memory.current", "file", "shmem"),
+    _Group(
+        Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes", "total_cache", "total_shmem"
+    ),
+)
 
 
 def free_memory() -> int | None:
-    """Return the bytes of memory that can be had without swapping; None where the system doesn't tell."""
+    """Return the bytes of memory that can be had without swapping; None where the system doesn't tell.
+
+    Where it only tells how much memory there is, as macOS does, that is returned.
+    """
     try:
-        lines = dict(line.split(":", 1) for line in _KERNEL.read_text().splitlines())
-        free = 1024 * int(lines["MemAvailable"].split()[0])
+        free: int | None = 1024 * int(_numbers(_KERNEL)["MemAvailable:"])
     except (OSError, KeyError, ValueError, IndexError):
         try:
             free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         except (AttributeError, ValueError, OSError):
-            return None
-    try:
-        return min(free, int(_GROUP.read_text()))
-    except (OSError, ValueError):
-        return free
+            free = None
+    left = [_left_in(group) for group in _GROUPS]
+    return min((bound for bound in (free, *left) if bound is not None), default=None)
 
 
-def require_memory(entries: Iterable[TensorEntry]) -> None:
-    """Refuse tensors that do not fit in the free memory, with the largest of them twice: it is joined from pieces.
+def require_memory(needed: int) -> None:
+    """Refuse what needs more than the free memory, in bytes.
 
     Raises
     ------
     StreamError
-        They don't.
+        It does.
     """
-    sizes = [math.prod(entry.shape) * entry.dtype.itemsize for entry in entries]
-    needed = sum(sizes) + max(sizes, default=0)
     if needed <= _SMALL:
         return
     free = free_memory()
     if free is not None and needed > free:
         raise StreamError(f"it claims {needed / 1e9:.1f} GB of memory where {free / 1e9:.1f} GB are free")
+
+
+def _left_in(group: _Group) -> int | None:
+    """Return the bytes that a group may still use, those of files that needn't stay in memory included."""
+    try:
+        limit, used = (int((group.folder / name).read_text()) for name in (group.limit, group.used))
+        told = _numbers(group.folder / "memory.stat")
+        return max(limit - used + int(told[group.files]) - int(told[group.shared]), 0)
+    except (OSError, KeyError, ValueError, IndexError):
+        return None
+
+
+def _numbers(file: Path) -> dict[str, str]:
+    """Return the second word of every line by its first."""
+    return {words[0]: words[1] for words in map(str.split, file.read_text().splitlines())}

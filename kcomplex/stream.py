@@ -60,7 +60,9 @@ def decode_checkpoint(data: bytes, *, given: GivenSource | None = None) -> dict[
     expected = position + sum(entry.length for entry in structure.tensors)
     if len(data) != expected:
         raise StreamError(f"the stream has {len(data)} bytes where its structure announces {expected}")
-    require_memory(structure.tensors)
+    # The last one may be joined from parts while all others are there.
+    sizes = [entry.nbytes for entry in structure.tensors]
+    require_memory(sum(sizes) + max(sizes, default=0))
     shared = data[structure.size : position]
     decoder = code.fresh()
     tensors = {}

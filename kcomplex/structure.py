@@ -55,6 +55,11 @@ class TensorEntry:
     shape: tuple[int, ...]
     length: int
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor itself."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
 
 @dataclass(frozen=True)
 class Structure:

@@ -142,14 +142,37 @@ def test_free_memory_is_what_the_system_tells(monkeypatch, tmp_path):
     told = tmp_path / "meminfo"
     told.write_text("MemTotal: 9 kB\nMemAvailable:  5 kB\n")
     monkeypatch.setattr(memory, "_KERNEL", told)
-    monkeypatch.setattr(memory, "_GROUP", tmp_path / "absent")
-    assert memory.free_memory() == 5 * 1024
-    monkeypatch.setattr(memory, "_GROUP", tmp_path / "group")
-    for text, free in (("max", 5 * 1024), ("3000", 3000)):
-        (tmp_path / "group").write_text(text)
-        assert memory.free_memory() == free
+    groups = [group._replace(folder=tmp_path / str(place)) for place, group in enumerate(memory._GROUPS)]
+    for group in groups:
+        monkeypatch.setattr(memory, "_GROUPS", [group])
+        assert memory.free_memory() == 5 * 1024
+        group.folder.mkdir()
+        # Of what is used, files can go, but for those that are nowhere else.
+        (group.folder / "memory.stat").write_text(f"anon 400\n{group.files} 500\n{group.shared} 200\n")
+        (group.folder / group.used).write_text("900\n")
+        for text, free in (("max", 5 * 1024), (str((1 << 63) - 4096), 5 * 1024), ("3000\n", 2400), ("500", 0)):
+            (group.folder / group.limit).write_text(text)
+            assert memory.free_memory() == free
     monkeypatch.setattr(memory, "_KERNEL", tmp_path / "absent")
-    assert memory.free_memory() == 3000
+    (groups[0].folder / "memory.max").write_text("3000")
+    monkeypatch.setattr(memory, "_GROUPS", groups[:1])
+    assert memory.free_memory() == 2400
+    monkeypatch.setattr(memory, "_GROUPS", [])
+    monkeypatch.setattr(memory.os, "sysconf", {"SC_PHYS_PAGES": 7, "SC_PAGE_SIZE": 100}.__getitem__)
+    assert memory.free_memory() == 700
+    monkeypatch.delattr(memory.os, "sysconf")
+    assert memory.free_memory() is None
+
+
+def test_a_tensor_in_pieces_needs_hardly_more_than_itself(monkeypatch, tmp_path):
+    tensor = torch.arange(1 << 24, dtype=torch.int32)
+    encode_file({"w": tensor}, tmp_path / "w.kcz", "raw")
+    with Container(tmp_path / "w.kcz") as container:
+        monkeypatch.setattr(memory, "free_memory", lambda: tensor.nbytes * 3 // 2)
+        assert torch.equal(container.tensor("w"), tensor)
+        monkeypatch.setattr(memory, "free_memory", lambda: tensor.nbytes)
+        with pytest.raises(StreamError, match=r"'w' can't be decoded: it claims 0\.1 GB"):
+            container.tensor("w")
 
 
 @pytest.mark.parametrize(
