@@ -147,8 +147,8 @@ class Experiment:
             min_epochs=self.min_epochs,
             learning_rate=self.schedule,
             warm_up_epochs=self.warm_up_epochs,
-            floor=self.lr_floor,
-            fine_tune_share=self.fine_tune_lr_share,
+            lr_floor=self.lr_floor,
+            fine_tune_lr_share=self.fine_tune_lr_share,
         )
 
     def check(self) -> None:

@@ -44,9 +44,9 @@ class Schedule:
         ``cosine`` falls to the floor over each phase; ``constant`` stays.
     warm_up_epochs
         The learning rate rises linearly over the first epochs of the regularised phase.
-    floor
+    lr_floor
         Share of the learning rate that ``cosine`` falls to.
-    fine_tune_share
+    fine_tune_lr_share
         Share of the learning rate that fine-tuning begins with; quantised networks do better with less.
 
     Raises
@@ -62,8 +62,8 @@ class Schedule:
     check_every: int = 10
     learning_rate: Literal["cosine", "constant"] = "cosine"
     warm_up_epochs: int = 0
-    floor: float = 0.0
-    fine_tune_share: float = 1.0
+    lr_floor: float = 0.0
+    fine_tune_lr_share: float = 1.0
 
     def __post_init__(self) -> None:
         leasts = {"epochs": 1, "fine_tune_epochs": 0, "window": 0, "min_epochs": 0, "check_every": 1}
@@ -74,23 +74,23 @@ class Schedule:
             raise SpecError(f"window must be 0 or at least {_SHORTEST_WINDOW}, not {self.window}")
         if self.warm_up_epochs >= self.epochs:
             raise SpecError(f"warm_up_epochs must be less than epochs ({self.epochs}), not {self.warm_up_epochs}")
-        if not 0 <= self.floor <= 1:
-            raise SpecError(f"floor must be in [0, 1], not {self.floor}")
-        if not 0 < self.fine_tune_share < math.inf:
-            raise SpecError(f"fine_tune_share must be positive and finite, not {self.fine_tune_share}")
+        if not 0 <= self.lr_floor <= 1:
+            raise SpecError(f"lr_floor must be in [0, 1], not {self.lr_floor}")
+        if not 0 < self.fine_tune_lr_share < math.inf:
+            raise SpecError(f"fine_tune_lr_share must be positive and finite, not {self.fine_tune_lr_share}")
 
     def lr_factor(self, phase: Phase, epochs: float) -> float:
         """Return the share of the learning rate that holds after so many epochs (not only whole ones) of a phase."""
         fine_tuning = phase == Phase.FINE_TUNE
         warm_up = 0 if fine_tuning else self.warm_up_epochs
-        share = self.fine_tune_share if fine_tuning else 1.0
+        share = self.fine_tune_lr_share if fine_tuning else 1.0
         if epochs < warm_up:
             return epochs / warm_up
         if self.learning_rate == "constant":
             return share
         length = (self.fine_tune_epochs if fine_tuning else self.epochs) - warm_up
         travelled = min((epochs - warm_up) / length, 1.0) if length else 1.0
-        return share * (self.floor + (1 - self.floor) * 0.5 * (1 + math.cos(math.pi * travelled)))
+        return share * (self.lr_floor + (1 - self.lr_floor) * 0.5 * (1 + math.cos(math.pi * travelled)))
 
 
 @dataclass(frozen=True)

@@ -41,8 +41,8 @@ def test_too_few_losses_are_refused():
 
 @pytest.mark.parametrize("learning_rate", ["cosine", "constant"])
 def test_fine_tuning_may_begin_with_a_share_of_the_learning_rate(learning_rate):
-    plain = Schedule(epochs=10, fine_tune_epochs=10, learning_rate=learning_rate, floor=0.1)
-    smaller = dataclasses.replace(plain, fine_tune_share=0.4)
+    plain = Schedule(epochs=10, fine_tune_epochs=10, learning_rate=learning_rate, lr_floor=0.1)
+    smaller = dataclasses.replace(plain, fine_tune_lr_share=0.4)
     for epochs in (0.0, 3.5, 10.0):
         assert smaller.lr_factor(Phase.REGULARISE, epochs) == plain.lr_factor(Phase.REGULARISE, epochs)
         assert smaller.lr_factor(Phase.FINE_TUNE, epochs) == pytest.approx(
@@ -52,7 +52,7 @@ def test_fine_tuning_may_begin_with_a_share_of_the_learning_rate(learning_rate):
 
 @pytest.mark.parametrize(("epoch", "rate"), [(1, 0.018), (5, 0.09), (47, 0.046273), (90, 0.0009), (95, 0.0009)])
 def test_warm_up_and_floor_give_the_published_learning_rates(epoch, rate):
-    schedule = Schedule(epochs=90, warm_up_epochs=5, floor=0.01)
+    schedule = Schedule(epochs=90, warm_up_epochs=5, lr_floor=0.01)
     assert 0.09 * schedule.lr_factor(Phase.REGULARISE, epoch) == pytest.approx(rate, abs=5e-7)
 
 
@@ -148,8 +148,8 @@ def test_nothing_comes_after_the_end():
         {"window": 5},
         {"check_every": 0},
         {"warm_up_epochs": 9},
-        {"floor": 1.5},
-        {"fine_tune_share": 0.0},
+        {"lr_floor": 1.5},
+        {"fine_tune_lr_share": 0.0},
         {"min_epochs": -1},
     ],
 )
