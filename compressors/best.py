@@ -237,9 +237,9 @@ def _is_relative(place: int) -> bool:
 
 def _differences(handle: TensorHandle, known: torch.Tensor) -> TensorHandle:
     """Return the differences of words as a tensor of unsigned integers."""
-    dtype, shape = _step_dtype(handle.dtype), _step_shape(handle.dtype, handle.shape)
-    steps = tensor_from_words(word_differences(handle.read(), known), dtype, shape)
-    return TensorHandle(handle.name, shape, dtype, partial(_itself, steps))
+    steps = word_differences(handle.read(), known)
+    shape = _step_shape(handle.dtype, handle.shape)
+    return TensorHandle.of(handle.name, tensor_from_words(steps, _step_dtype(handle.dtype), shape))
 
 
 def _step_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -248,10 +248,6 @@ def _step_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def _step_shape(dtype: torch.dtype, shape: Shape) -> Shape:
     return tuple(word_shape(dtype, shape))
-
-
-def _itself(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor
 
 
 def _length(code: Code, handle: TensorHandle, shared: bytes) -> int:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
@@ -71,8 +71,7 @@ class View:
 
     def sample(self, rows: Places, columns: Places) -> View:
         """Return some rows and columns of the tensor as a matrix."""
-        part = _entries(self.handle.read(), rows, columns)
-        handle = replace(self.handle, shape=tuple(part.shape), load=partial(_itself, part))
+        handle = TensorHandle.of(self.handle.name, _entries(self.handle.read(), rows, columns))
         return View(handle, None if self.known is None else _entries(self.known, rows, columns))
 
     @cached_property
@@ -281,7 +280,3 @@ def _runs(length: int, count: int) -> Places:
 def _entries(tensor: torch.Tensor, rows: Places, columns: Places) -> torch.Tensor:
     words = words_of(tensor).reshape(*folded(tuple(tensor.shape)), -1)[np.ix_(rows, columns)]
     return tensor_from_words(words.reshape(-1), tensor.dtype, (rows.size, columns.size))
-
-
-def _itself(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from functools import partial
 from typing import NamedTuple
-
-import torch
 
 from kcomplex.weights import TensorHandle
 
@@ -51,11 +48,7 @@ def handles_of(handle: TensorHandle, limit: int) -> Iterator[TensorHandle]:
         return
     flat = handle.read().reshape(-1)
     for start, stop, shape in pieces_of(handle.shape, limit):
-        yield TensorHandle(handle.name, shape, handle.dtype, partial(_itself, flat[start:stop].reshape(shape)))
-
-
-def _itself(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor
+        yield TensorHandle.of(handle.name, flat[start:stop].reshape(shape))
 
 
 def _longest(shape: tuple[int, ...], limit: int) -> int:

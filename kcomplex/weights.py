@@ -7,6 +7,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from functools import partial
 from os import PathLike, fspath
 from types import TracebackType
 from typing import Any, NamedTuple, Self, TypeAlias
@@ -128,6 +129,11 @@ class TensorHandle:
     load: Callable[[], torch.Tensor] = field(repr=False, compare=False)
     aliases: tuple[str, ...] = ()
     trainable: bool | None = None
+
+    @classmethod
+    def of(cls, name: str, tensor: torch.Tensor) -> TensorHandle:
+        """Return the handle of a tensor that is in memory."""
+        return cls(name, tuple(tensor.shape), tensor.dtype, partial(_itself, tensor))
 
     @property
     def elements(self) -> int:
@@ -419,6 +425,10 @@ def collect(
         )
         keyed.append((key or _memory(value) or name, handle))
     return Weights(merge_shared(keyed), left_out, source)
+
+
+def _itself(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
 
 
 def _memory(value: torch.Tensor) -> Hashable:
