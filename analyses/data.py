@@ -200,6 +200,8 @@ def _idx_set(name: str, folder: str | os.PathLike[str] | None) -> Dataset:
 def _jpeg_set(name: str, folder: str | os.PathLike[str] | None) -> Dataset:
     where = _folder(name, folder)
     archives = sorted(where.glob("images.tar*"))
+    if not archives and next(where.rglob("*.jpg"), None) is None:
+        raise DataError(f"{name}: {where} holds neither images.tar nor JPEG files. Get {_SOURCES[name]}")
     parts = read_jpegs(archives[0] if archives else where, _IMAGES_PER_CLASS)
     return _in_three(name, parts["train"], parts["test"], _JPEG_VALIDATION, classes=10)
 

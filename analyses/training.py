@@ -24,9 +24,9 @@ from kcomplex.training.schedule import Course, Phase, Verdict
 
 # Images or windows evaluated at once, and places in windows: both bound the memory that activations take.
 _EVALUATION_BATCH = 1000
+_EVALUATION_PREDICTIONS = 1 << 16
 # Devices that PyTorch has a fused AdamW for.
 _FUSED = ("cpu", "cuda", "mps", "xpu")
-_EVALUATION_PREDICTIONS = 1 << 16
 _IMAGE_AXES = 3
 
 

@@ -285,6 +285,11 @@ def test_a_broken_archive_of_jpegs_is_told(tmp_path: Path, kind: str, length: fl
         data.load("cifar10-jpeg", tmp_path)
 
 
+def test_a_folder_without_jpegs_says_where_to_get_them(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"neither images\.tar nor JPEG files\. Get .*CIFAR-10-images"):
+        data.load("cifar10-jpeg", tmp_path)
+
+
 def play(folder: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> Path:
     folder.mkdir(exist_ok=True)
     monkeypatch.setattr(data, "_TEXT_CHECKSUM", hashlib.md5(text.encode()).hexdigest())
