@@ -62,8 +62,8 @@ class Experiment:
     min_epochs
         Epochs that it leaves alone before the mode prunes.
     augmentation
-        ``crop_flip`` moves training images by up to four places and mirrors half of them, see
-        `kcomplex.analyses.augmentation`; ``none`` leaves them.
+        ``shift`` moves training images by up to one place; ``crop_flip`` by up to four, and mirrors half of them; see
+        `kcomplex.analyses.augmentation`. ``none`` leaves them.
     reestimate_batch_norm
         Estimate the statistics of batch normalisations anew, from the training data, whenever the mode has projected
         or pruned at the end of an epoch.
@@ -101,7 +101,7 @@ class Experiment:
     fine_tune_lr_share: float = 1.0
     window: int = 0
     min_epochs: int = 0
-    augmentation: Literal["none", "crop_flip"] = "none"
+    augmentation: Literal["none", "shift", "crop_flip"] = "none"
     reestimate_batch_norm: bool = False
     seed: int = 0
     estimators: tuple[str, ...] = DEFAULT_ESTIMATORS

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from kcomplex.analyses.augmentation import crop_and_flip
+from kcomplex.analyses.augmentation import crop_and_flip, shift
 from kcomplex.analyses.data import Dataset, Split
 from kcomplex.analyses.experiment import Experiment
 from kcomplex.analyses.networks import network
@@ -25,6 +25,7 @@ from kcomplex.training.schedule import Course, Phase, Verdict
 # Images or windows evaluated at once, and places in windows: both bound the memory that activations take.
 _EVALUATION_BATCH = 1000
 _EVALUATION_PREDICTIONS = 1 << 16
+_AUGMENTATIONS = {"shift": shift, "crop_flip": crop_and_flip}
 # Devices that PyTorch has a fused AdamW for.
 _FUSED = ("cpu", "cuda", "mps", "xpu")
 _IMAGE_AXES = 3
@@ -159,7 +160,8 @@ class Training:
         return mean
 
     def _augmented(self, inputs: torch.Tensor) -> torch.Tensor:
-        return inputs if self.experiment.augmentation == "none" else crop_and_flip(inputs, self.shuffling)
+        augment = _AUGMENTATIONS.get(self.experiment.augmentation)
+        return inputs if augment is None else augment(inputs, self.shuffling)
 
     def _objective(self) -> float:
         """Return what the stopping rule looks at; NaN, which it doesn't compare, where the penalty isn't steady.

@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from torch import nn
 
 from kcomplex.analyses import front
 from kcomplex.analyses import run as running
-from kcomplex.analyses.augmentation import crop_and_flip
+from kcomplex.analyses.augmentation import crop_and_flip, shift
 from kcomplex.analyses.data import Dataset, Split, load
 from kcomplex.analyses.experiment import Experiment
 from kcomplex.analyses.networks import network
@@ -185,9 +186,10 @@ def test_batch_norms_of_a_residual_network_are_those_of_the_projected_weights() 
         torch.testing.assert_close(before, after)
 
 
-def test_an_augmented_training_can_be_continued(tmp_path: Path) -> None:
+@pytest.mark.parametrize("augmentation", ["shift", "crop_flip"])
+def test_an_augmented_training_can_be_continued(tmp_path: Path, augmentation: Any) -> None:
     spec = "resnet20:width=2"
-    tiny = dataclasses.replace(experiment(spec, "baseline"), augmentation="crop_flip", epochs=2)
+    tiny = dataclasses.replace(experiment(spec, "baseline"), augmentation=augmentation, epochs=2)
 
     def interrupt(epoch: int, metrics: Mapping[str, float]) -> None:
         if epoch == 1:
@@ -211,6 +213,25 @@ def test_characters_are_not_augmented(tmp_path: Path) -> None:
     tiny = dataclasses.replace(experiment("gpt:width=8,depth=1,heads=2", "baseline"), augmentation="crop_flip")
     with pytest.raises(SpecError, match="for images"):
         run(tiny, tmp_path)
+
+
+def test_shifted_images_are_moved_by_one_place_at_most_and_each_way() -> None:
+    images = torch.rand(200, 2, 6, 5)
+    changed = shift(images, torch.Generator().manual_seed(0))
+    assert torch.equal(changed, shift(images, torch.Generator().manual_seed(0)))
+    padded = nn.functional.pad(images, (1,) * 4)
+    found = {
+        (row, column)
+        for image, other in zip(padded, changed, strict=True)
+        for row in range(3)
+        for column in range(3)
+        if torch.equal(other, image[:, row : row + 6, column : column + 5])
+    }
+    assert len(found) == 9
+    for image, other in zip(padded, changed, strict=True):
+        assert any(
+            torch.equal(other, image[:, row : row + 6, column : column + 5]) for row in range(3) for column in range(3)
+        )
 
 
 def test_crops_and_mirrored_images_are_what_a_loop_finds() -> None:
