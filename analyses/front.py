@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 from kcomplex.analyses.accuracy import pareto_front
 from kcomplex.analyses.data import Dataset, load
 from kcomplex.analyses.experiment import Experiment, read_experiment
-from kcomplex.analyses.figure import add_grid_and_legend, axes_or_new, styles
+from kcomplex.analyses.figure import Style, add_grid_and_legend, axes_or_new, styles
 from kcomplex.analyses.lengths import description_bits, mask_bits
 from kcomplex.analyses.networks import network
 from kcomplex.analyses.run import CONFIGURATION, FINAL, load_final
@@ -102,16 +103,9 @@ def plot(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
     ax = axes_or_new(ax, width=8.0)
     front = frame[frame["pareto"]]
     ax.plot(front["bytes"], front["accuracy"], drawstyle="steps-post", color="0.6", zorder=1, label="best trade-offs")
-    names = frame["mode"].map(method_names)
-    groups = sorted(set(names))
-    for style, name in zip(styles(len(groups)), groups, strict=True):
-        rows = frame[names == name]
+    for name, style, rows in rows_by_method(frame):
         ax.plot(rows["bytes"], rows["accuracy"], style.marker, color=style.grey, markeredgecolor="black", label=name)
-    ax.set_xscale("log")
-    ax.set_xlabel(f"bytes of the network without dead units ({frame['estimator'].iloc[0]}, code)")
-    ax.set_ylabel("test accuracy of the decoded network")
-    add_grid_and_legend(ax)
-    return ax
+    return finish_axes(ax, frame)
 
 
 def compute_from_runs(
@@ -124,9 +118,33 @@ def compute_from_runs(
     SpecError
         Another metric than the accuracy is asked for: it is measured anew, on the decoded networks.
     """
-    if metric != "accuracy":
-        raise SpecError(f"front measures the accuracy of decoded networks, not {metric!r}: use the analysis accuracy")
+    refuse_other_metric("front", metric)
     return compute(measured(path, estimator))
+
+
+def refuse_other_metric(analysis: str, metric: str) -> None:
+    """Raise SpecError unless the metric is the accuracy, which decoded networks are measured by."""
+    if metric != "accuracy":
+        raise SpecError(
+            f"{analysis} measures the accuracy of decoded networks, not {metric!r}: use the analysis accuracy"
+        )
+
+
+def rows_by_method(frame: pd.DataFrame) -> Iterator[tuple[str, Style, pd.DataFrame]]:
+    """Yield the name of a mode's stages, its style and its rows, in alphabetical order."""
+    names = frame["mode"].map(method_names)
+    groups = sorted(set(names))
+    for style, name in zip(styles(len(groups)), groups, strict=True):
+        yield name, style, frame[names == name]
+
+
+def finish_axes(ax: Axes, frame: pd.DataFrame, told: str = "") -> Axes:
+    """Return axes of accuracy over bytes with their scales, labels, grid and legend; `told` ends the label of bytes."""
+    ax.set_xscale("log")
+    ax.set_xlabel(f"bytes ({frame['estimator'].iloc[0]}, code){told}")
+    ax.set_ylabel("test accuracy of the decoded network")
+    add_grid_and_legend(ax)
+    return ax
 
 
 def upper_hull(costs: NDArray[np.float64], gains: NDArray[np.float64]) -> NDArray[np.bool_]:

@@ -7,8 +7,8 @@ import os
 import pandas as pd
 from matplotlib.axes import Axes
 
-from kcomplex.analyses.figure import add_grid_and_legend, axes_or_new, styles
-from kcomplex.analyses.front import measured, method_names
+from kcomplex.analyses.figure import axes_or_new
+from kcomplex.analyses.front import finish_axes, measured, refuse_other_metric, rows_by_method
 from kcomplex.errors import SpecError
 
 _ALIKE = ["data", "network", "mode", "settings", "estimator"]
@@ -51,10 +51,7 @@ def plot(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
         Axes to draw on; new ones by default.
     """
     ax = axes_or_new(ax, width=8.0)
-    names = frame["mode"].map(method_names)
-    groups = sorted(set(names))
-    for style, name in zip(styles(len(groups)), groups, strict=True):
-        rows = frame[names == name].sort_values("bytes")
+    for name, style, rows in rows_by_method(frame.sort_values("bytes")):
         ax.errorbar(
             rows["bytes"],
             rows["accuracy"],
@@ -66,11 +63,7 @@ def plot(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
             ecolor="0.6",
             label=name,
         )
-    ax.set_xscale("log")
-    ax.set_xlabel(f"bytes ({frame['estimator'].iloc[0]}, code), mean and standard deviation over seeds")
-    ax.set_ylabel("test accuracy of the decoded network")
-    add_grid_and_legend(ax)
-    return ax
+    return finish_axes(ax, frame, ", mean and standard deviation over seeds")
 
 
 def compute_from_runs(
@@ -83,6 +76,5 @@ def compute_from_runs(
     SpecError
         Another metric than the accuracy is asked for: it is measured anew, on the decoded networks.
     """
-    if metric != "accuracy":
-        raise SpecError(f"seeds measures the accuracy of decoded networks, not {metric!r}: use the analysis accuracy")
+    refuse_other_metric("seeds", metric)
     return compute(measured(path, estimator))
