@@ -151,6 +151,10 @@ def draw_motifs(
 Selection = Literal["random", "distinct", "weighted", "spread"]
 SELECTIONS: tuple[str, ...] = get_args(Selection)
 _SPREAD_ROUNDS = 5
+# Of this many blocks, or this many a motif, spread motifs are as good as those of all blocks in a third of the time:
+# the distortion of 5 million weights on 12,500 motifs grows by a per mille after one step of Lloyd's algorithm.
+_SPREAD_BLOCKS = 1 << 17
+_SPREAD_BLOCKS_A_MOTIF = 16
 
 
 def select_motifs(
@@ -168,7 +172,7 @@ def select_motifs(
         ``random``: blocks drawn without replacement, equal ones among them (as published). ``distinct``: the same,
         but no motif twice. ``weighted``: distinct blocks, drawn in proportion to how many blocks are equal to them.
         ``spread``: a fifth of the motifs distinct, then four times as many again drawn in proportion to the squared
-        distance to those already taken, which seeds k-means well.
+        distance to those already taken, which seeds k-means well; of many blocks, from a random sample of them.
 
     Returns
     -------
@@ -184,6 +188,9 @@ def select_motifs(
     size = blocks.rows.shape[1]
     whole = np.flatnonzero(blocks.real == size)
     pool = whole if len(whole) else np.arange(len(blocks.rows))
+    most = max(_SPREAD_BLOCKS, _SPREAD_BLOCKS_A_MOTIF * count)
+    if selection == "spread" and len(pool) > most:
+        pool = pool[np.sort(torch.randperm(len(pool), generator=generator)[:most].numpy())]
     rows = blocks.rows[pool]
     zero = np.zeros((int(force_zero), size))
     if selection == "weighted":

@@ -12,6 +12,7 @@ from torch.nn.functional import cross_entropy
 
 from kcomplex.errors import FormatError, SourceNotFoundError, SpecError
 from kcomplex.motifs import SELECTIONS, blocks_of, select_motifs
+from kcomplex.nearest import nearest, squared_distances
 from kcomplex.training.codeq import CoDeQ
 from kcomplex.training.mode import mode
 from kcomplex.training.momos import MoMos
@@ -233,6 +234,18 @@ def test_spread_selection_finds_far_blocks():
     blocks = blocks_of([values], 2)
     motifs = select_motifs(blocks, 10, torch.Generator().manual_seed(0), "spread")
     assert (motifs == 5).all(1).any()
+
+
+def test_spread_selection_of_many_blocks_looks_at_a_sample_of_them():
+    # A mixture of scales, as of a network's layers: uniform draws leave the few large blocks far from every motif.
+    normal = np.random.default_rng(0).standard_t(3, size=(300_000, 2))
+    blocks = blocks_of([normal], 2)
+    distortions = {}
+    for selection in ("distinct", "spread"):
+        motifs = select_motifs(blocks, 200, torch.Generator().manual_seed(0), selection)
+        assert len(motifs) == 200
+        distortions[selection] = squared_distances(blocks.rows, motifs[nearest(blocks.rows, motifs)]).sum()
+    assert distortions["spread"] < 0.8 * distortions["distinct"]
 
 
 def test_kept_motifs_are_the_most_used_ones():
