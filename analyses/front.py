@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from numpy.typing import NDArray
+from torch import nn
 
 from kcomplex.analyses.accuracy import pareto_front
 from kcomplex.analyses.data import Dataset, load
@@ -20,11 +21,12 @@ from kcomplex.analyses.experiment import Experiment, read_experiment
 from kcomplex.analyses.figure import Style, add_grid_and_legend, axes_or_new, styles
 from kcomplex.analyses.lengths import description_bits, mask_bits
 from kcomplex.analyses.networks import network
-from kcomplex.analyses.run import CONFIGURATION, FINAL, load_final
+from kcomplex.analyses.run import CONFIGURATION, FINAL, final_bits, load_final
 from kcomplex.analyses.training import evaluate
 from kcomplex.errors import RunError, SpecError
 from kcomplex.pipeline import build_estimator
 from kcomplex.stream import decode_checkpoint, encode_checkpoint
+from kcomplex.training.bit_operations import bit_operations
 from kcomplex.training.chain import is_chain, links_of
 from kcomplex.training.dead_units import remove_dead_units
 
@@ -59,8 +61,9 @@ def measured(folder: str | os.PathLike[str], estimator: str | None = None) -> pd
     the layers left, as ``40-20-10``; empty where the network isn't a chain of layers, which keeps its dead units),
     estimator, bytes (of the whole stream, names and shapes included; with dead units where that is shorter, as it can
     be for mosaics, whose blocks go across units), mask_bytes (what the positions of the non-zeros cost where all are
-    alike: no code), value_bytes (four for each non-zero, which others report as the size), data_bytes (the training
-    labels given the network) and description_bytes (both).
+    alike: no code), value_bytes (four for each non-zero, which others report as the size), bit_operations (of one
+    pass as a share of those at full precision, dead units and all; NaN for a run that kept no bits), data_bytes (the
+    training labels given the network) and description_bytes (both).
 
     Parameters
     ----------
@@ -175,6 +178,7 @@ def _row(experiment: Experiment, final: Path, data: Dataset, estimator: str) -> 
     model = network(experiment.network).build(data.input_shape, data.classes)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     load_final(final, model)
+    operations = _bit_operations(model, final, data)
     chain = is_chain(model)
     candidates = [model, remove_dead_units(model).model] if chain else [model]
     streams = [encode_checkpoint(candidate, estimator) for candidate in candidates]
@@ -201,9 +205,17 @@ def _row(experiment: Experiment, final: Path, data: Dataset, estimator: str) -> 
         "bytes": len(stream),
         "mask_bytes": mask_bits(non_zeros, entries) / 8,
         "value_bytes": 4 * non_zeros,
+        "bit_operations": operations,
         "data_bytes": data_bits / 8,
         "description_bytes": len(stream) + data_bits / 8,
     }
+
+
+def _bit_operations(model: nn.Module, final: Path, data: Dataset) -> float:
+    bits = final_bits(final)
+    if bits is None:
+        return math.nan
+    return float(bit_operations(model, data.test.inputs[:1], bits).attrs["relative"])
 
 
 def method_names(mode: str) -> str:

@@ -12,14 +12,15 @@ from kcomplex.analyses.front import finish_axes, measured, refuse_other_metric, 
 from kcomplex.errors import SpecError
 
 _ALIKE = ["data", "network", "mode", "settings", "estimator"]
-_AVERAGED = ["accuracy", "bytes", "rate", "non_zeros"]
+_AVERAGED = ["accuracy", "bytes", "rate", "non_zeros", "bit_operations"]
 
 
 def compute(frame: pd.DataFrame) -> pd.DataFrame:
     """Return one row for each configuration, in the order of its first run.
 
-    Columns: data, network, mode, settings, estimator; seeds (how many runs); and of accuracy, bytes, rate and non_zeros
-    the mean and, as ``accuracy_std`` and so on, the standard deviation of the sample, NaN for a single run.
+    Columns: data, network, mode, settings, estimator; seeds (how many runs); and of accuracy, bytes, rate, non_zeros
+    and bit_operations the mean and, as ``accuracy_std`` and so on, the standard deviation of the sample, NaN for a
+    single run.
 
     Parameters
     ----------

@@ -10,8 +10,11 @@ from typing import Any
 import pandas as pd
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from kcomplex.errors import SpecError
+from kcomplex.training.mode import WEIGHT_LAYERS, WEIGHT_NAMES
+from kcomplex.training.parametrised import HoldingQuantiser
 
 FULL_PRECISION = 32
 
@@ -99,6 +102,26 @@ def bit_operations(
     frame = pd.DataFrame(rows, columns=columns).set_index("parameter")
     frame.attrs["relative"] = float(frame["bit_operations"].sum() / frame["full"].sum())
     return frame
+
+
+def weight_bits(model: nn.Module) -> dict[str, int]:
+    """Return the bits a weight of every layer that a model in training quantises, by full name; for `bit_operations`.
+
+    Parameters
+    ----------
+    model
+        With its quantisers attached, before `Mode.convert`. Quantised biases and norms, which aren't counted, are left
+        out.
+    """
+    bits = {}
+    for prefix, module in model.named_modules():
+        if not (isinstance(module, WEIGHT_LAYERS) and parametrize.is_parametrized(module)):
+            continue
+        for name, chain in module.get_submodule("parametrizations").named_children():
+            for parametrisation in chain.children():
+                if name in WEIGHT_NAMES and isinstance(parametrisation, HoldingQuantiser):
+                    bits[f"{prefix}.{name}" if prefix else name] = parametrisation.bits
+    return bits
 
 
 def _counter(module: nn.Module) -> _Counter | None:

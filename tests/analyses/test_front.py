@@ -11,7 +11,7 @@ import pytest
 import typer
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from kcomplex.analyses.data import load
@@ -52,11 +52,27 @@ def test_runs_are_measured_on_what_their_decoder_gives_back(runs: Path) -> None:
     assert pruned["bytes"] < plain["bytes"]
     # The values of the plain network alone don't fit into less.
     assert plain["bytes"] > 3.5 * plain["non_zeros"]
+    assert plain["bit_operations"] == 1
+    # Every weight multiplies once: 4 bits for 32, and zeros none at all.
+    weights = [tensor for name, tensor in tensors.items() if name.endswith("weight")]
+    alive = sum(int(tensor.count_nonzero()) for tensor in weights) / sum(tensor.numel() for tensor in weights)
+    assert pruned["bit_operations"] == pytest.approx(alive * 4 / 32)
     for _, row in frame.iterrows():
         assert row["description_bytes"] == pytest.approx(row["bytes"] + row["data_bytes"])
     assert frame["pareto"].iloc[0]
     figure = plot(frame)
     assert {text.get_text() for text in figure.get_legend().get_texts()} >= {"baseline", "drr | uniform_qat"}
+
+
+def test_what_a_run_did_not_keep_is_not_made_up(runs: Path) -> None:
+    final = runs / "pruned" / FINAL
+    save_file(load_file(final), final)
+    frame = measured(runs).set_index("run")
+    assert np.isnan(frame.loc["pruned", "bit_operations"])
+    assert frame.loc["plain", "bit_operations"] == 1
+    save_file(load_file(final), final, metadata={"bits": "{"})
+    with pytest.raises(RunError, match=FINAL):
+        measured(runs)
 
 
 def test_another_code_can_be_chosen_and_must_be_one(runs: Path) -> None:

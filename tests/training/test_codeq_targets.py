@@ -8,9 +8,10 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from kcomplex.errors import FormatError, SourceNotFoundError, SpecError, WeightsError
-from kcomplex.training.bit_operations import bit_operations
+from kcomplex.training.bit_operations import bit_operations, weight_bits
 from kcomplex.training.codeq import CoDeQ
 from kcomplex.training.integers import load_integers, read_integers, save_integers
+from kcomplex.training.mode import mode
 
 OPTIMIZERS = {"adamw": (torch.optim.AdamW, 3e-3), "sgd": (torch.optim.SGD, 3e-2)}
 
@@ -165,6 +166,19 @@ def test_bit_operations_of_attention_transposed_convolutions_and_shared_layers()
     assert bit_operations(nn.Sequential(layer, layer), torch.randn(1, 4), {}).loc["0.weight", "macs"] == 32
 
 
+def test_bits_are_those_of_what_multiplies_and_is_quantised():
+    model = Named()
+    chained = mode("gradual_pruning:span=3|uniform_qat:bits=5,include=*,exclude=fc")
+    chained.prepare(model)
+    assert weight_bits(model) == {}
+    chained.begin_fine_tuning(lambda: 0.0)
+    bits = weight_bits(model)
+    assert bits == {"conv1.weight": 5, "layer1.conv1.weight": 5}
+    frame = bit_operations(chained.convert(model), torch.randn(1, 3, 8, 8), bits)
+    assert frame["bits"].to_dict() == {"conv1.weight": 5, "layer1.conv1.weight": 5, "fc.weight": 32}
+    assert weight_bits(nn.ReLU()) == {}
+
+
 def test_bits_of_something_that_multiplies_nothing_are_refused():
     with pytest.raises(SpecError, match="bias"):
         bit_operations(nn.Linear(3, 3), torch.randn(1, 3), {"bias": 4})
@@ -202,8 +216,8 @@ def test_bit_operations_of_a_tied_weight_are_those_of_what_multiplies():
     model[2].weight = model[0].weight
     configured = CoDeQ(bits=4)
     configured.prepare(model)
-    bits = {name: tensor.bits for name, tensor in configured.integers().items()}
-    assert set(bits) == {"0.weight", "1.weight"}
+    bits = weight_bits(model)
+    assert bits == {"0.weight": 4, "1.weight": 4, "2.weight": 4}
     frame = bit_operations(configured.convert(model), torch.arange(5), bits)
     assert frame["macs"].to_dict() == {"1.weight": 5 * 64, "2.weight": 5 * 160}
     assert frame["bits"].to_dict() == {"1.weight": 4, "2.weight": 4}
