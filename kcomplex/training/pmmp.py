@@ -6,10 +6,13 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from kcomplex.errors import SpecError
+from kcomplex.training import pmmp_kernels
 from kcomplex.training.mode import ParameterGroups
 from kcomplex.training.parametrised import arithmetic_dtype
 from kcomplex.training.pruning import Pruning
@@ -202,30 +205,38 @@ class _Penalty(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, price: float, *tensors: torch.Tensor) -> torch.Tensor:
         total = torch.zeros((), dtype=tensors[1].dtype, device=tensors[0].device)
-        brackets = []
-        for theta, w, gamma, u in _quadruples(tensors):
-            bracket = bracket_of(theta, w, gamma)
-            total += (price * gamma.sum() + torch.dot(bracket.flatten(), u.flatten())).to(total)
-            brackets.append(bracket)
-        ctx.price = price
-        ctx.save_for_backward(*tensors, *brackets)
+        slopes: list[torch.Tensor] = []
+        for quadruple in _quadruples(tensors):
+            slopes += _slopes(price, *quadruple)
+            gamma, u = quadruple[2:]
+            total += (price * gamma.sum() + torch.dot(slopes[-1].flatten(), u.flatten())).to(total)
+        ctx.save_for_backward(*slopes)
         return total
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        count = len(ctx.saved_tensors) // 5
-        tensors, brackets = ctx.saved_tensors[: 4 * count], ctx.saved_tensors[4 * count :]
-        gradients = []
-        for (theta, w, gamma, u), bracket in zip(_quadruples(tensors), brackets, strict=True):
-            here = gradient.to(u)
-            pull = u * (2 * here)
-            to_theta = torch.addcmul(theta, w, gamma, value=-1).mul_(pull)
-            to_w = torch.sub(w, theta).mul_(gamma).mul_(pull)
-            # theta - w/2 in the place of w - 2 theta, so that the pull's two serves here too.
-            half = torch.sub(theta, w, alpha=0.5).mul_(w)
-            to_gamma = torch.addcmul(ctx.price * here, half, pull, value=-1)
-            gradients += [to_theta, to_w, to_gamma, bracket * here]
-        return None, *gradients
+        return None, *(slope * gradient.to(slope) for slope in ctx.saved_tensors)
+
+
+def _slopes(
+    price: float, theta: torch.Tensor, w: torch.Tensor, gamma: torch.Tensor, u: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    """Return the gradients of the penalty in theta, w, gamma and u; the last one is the bracket."""
+    if theta.device.type == "cpu" and not torch.compiler.is_compiling():
+        quadruple = _array(theta), _array(w), _array(gamma), _array(u)
+        into = tuple(torch.empty(theta.shape, dtype=u.dtype) for _ in quadruple)
+        pmmp_kernels.slopes(price, quadruple, (_array(into[0]), _array(into[1]), _array(into[2]), _array(into[3])))
+        return into
+    pull = 2 * u
+    inner = torch.sub(w, theta, alpha=2).mul_(w)
+    to_theta = torch.addcmul(theta, w, gamma, value=-1).mul_(pull)
+    to_w = torch.sub(w, theta).mul_(gamma).mul_(pull)
+    return to_theta, to_w, (u * inner).add_(price), torch.addcmul(theta * theta, gamma, inner)
+
+
+def _array(tensor: torch.Tensor) -> NDArray[np.floating[Any]]:
+    array: NDArray[np.floating[Any]] = tensor.detach().contiguous().numpy()
+    return array.reshape(-1)
 
 
 def _quadruples(tensors: tuple[torch.Tensor, ...]) -> Iterator[tuple[torch.Tensor, ...]]:

@@ -37,6 +37,24 @@ def test_gradients_are_those_of_the_saddle_function():
     assert u.grad.item() == pytest.approx(0.154)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_the_compiled_loop_computes_what_tensor_operations_do(dtype, monkeypatch):
+    def slopes() -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        layer = nn.Conv2d(3, 5, 3).to(dtype, memory_format=torch.channels_last)
+        configured = PMMP(alpha=0.03, u0=0.5, p0=0.7)
+        configured.prepare(layer)
+        with torch.no_grad():
+            layer.weight.mul_(3)
+        tensors = [layer.weight, *(group["params"][0] for group in configured.parameter_groups(lr=0.1)[1:])]
+        return list(torch.autograd.grad(2 * configured.penalty(), tensors))
+
+    compiled = slopes()
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    for ours, theirs in zip(compiled, slopes(), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5 if dtype != torch.bfloat16 else 1e-2)
+
+
 def test_gradients_agree_with_differentiating_the_published_form():
     generator = torch.Generator().manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)).double()
