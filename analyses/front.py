@@ -19,7 +19,7 @@ from kcomplex.analyses.accuracy import pareto_front
 from kcomplex.analyses.data import Dataset, load
 from kcomplex.analyses.experiment import Experiment, read_experiment
 from kcomplex.analyses.figure import Style, add_grid_and_legend, axes_or_new, styles
-from kcomplex.analyses.lengths import description_bits, mask_bits
+from kcomplex.analyses.lengths import compression_rate, description_bits, mask_bits, values_bytes
 from kcomplex.analyses.networks import network
 from kcomplex.analyses.run import CONFIGURATION, FINAL, final_bits, load_final
 from kcomplex.analyses.training import evaluate
@@ -199,12 +199,12 @@ def _row(experiment: Experiment, final: Path, data: Dataset, estimator: str) -> 
         "accuracy": evaluate(smaller, data.test)[1],
         "parameters": parameters,
         "non_zeros": non_zeros,
-        "rate": parameters / non_zeros if non_zeros else math.inf,
+        "rate": compression_rate(parameters, non_zeros),
         "units": "-".join(str(link.units) for link in links_of(smaller)) if chain else "",
         "estimator": estimator,
         "bytes": len(stream),
         "mask_bytes": mask_bits(non_zeros, entries) / 8,
-        "value_bytes": 4 * non_zeros,
+        "value_bytes": values_bytes(non_zeros),
         "bit_operations": operations,
         "data_bytes": data_bits / 8,
         "description_bytes": len(stream) + data_bits / 8,

@@ -53,6 +53,16 @@ def gaussian_bits(mean_square: float, deviation: float) -> float:
     return mean_square / (2 * deviation**2 * math.log(2)) + math.log2(deviation)
 
 
+def compression_rate(parameters: int, non_zeros: int) -> float:
+    """Return the parameters of a network over those that aren't zero, biases and norms among both; inf for none."""
+    return parameters / non_zeros if non_zeros else math.inf
+
+
+def values_bytes(non_zeros: int, value_bytes: int = 4) -> float:
+    """Return the bytes of the values that aren't zero alone, as if their places cost nothing: no format's size."""
+    return float(non_zeros * value_bytes)
+
+
 def coordinate_bytes(non_zeros: int, value_bytes: int = 4) -> float:
     """Return the bytes of a sparse matrix with a row and a column of 32 bits for each value (COO)."""
     return float(non_zeros * (8 + value_bytes))

@@ -1,14 +1,22 @@
-import pytest
+import lzma
+import math
 
+import numpy as np
+import pytest
+import torch
+
+import kcomplex
 from kcomplex.analyses.lengths import (
     bitmap_bytes,
     compressed_column_bytes,
+    compression_rate,
     coordinate_bytes,
     description_bits,
     gaussian_bits,
     loss_at,
     mask_bits,
     prequential_bits,
+    values_bytes,
 )
 from kcomplex.errors import SpecError
 
@@ -42,8 +50,29 @@ def test_gaussian_bits_are_least_at_the_errors_own_deviation(deviation, bits):
 
 
 def test_sparse_formats_need_more_than_their_values():
+    assert values_bytes(3000) == 12_000
     assert coordinate_bytes(3000) == 36_000
     assert compressed_column_bytes(3000, 785) == 27_144
     assert bitmap_bytes(3000, 300 * 785) == 41_438
     assert mask_bits(3000, 235_500) / 8 == pytest.approx(2897.15, abs=0.01)
     assert mask_bits(0, 10) == mask_bits(10, 10) == pytest.approx(0, abs=1e-9)
+
+
+def test_rates_are_the_published_ones():
+    assert compression_rate(25_557_032, 3_770_639) == pytest.approx(6.7779, abs=1e-4)
+    assert compression_rate(1000, 125) == 8
+    assert compression_rate(5, 0) == math.inf
+
+
+@pytest.mark.parametrize(
+    ("chunk", "size"),
+    [(np.random.default_rng(0).bytes(512), 572), (bytes(512), 72), (b"", 32)],
+    ids=["noise", "zeros", "empty"],
+)
+def test_a_frame_a_chunk_costs_what_was_measured_and_ours_no_more(chunk: bytes, size: int):
+    def stream_bytes(values: bytes, estimator: str) -> float:
+        return kcomplex.describe({"x": torch.tensor(list(values), dtype=torch.uint8)}, estimator)[0].bits / 8
+
+    assert len(lzma.compress(chunk)) == size
+    # Less the name, dtype and shape, which xz knows nothing of.
+    assert stream_bytes(chunk, "lzma") - stream_bytes(b"", "raw") <= size
