@@ -53,7 +53,9 @@ def compute(frame: pd.DataFrame) -> pd.DataFrame:
     return table.assign(pareto=pareto_front(costs, gains), hull=upper_hull(costs, gains))
 
 
-def measured(folder: str | os.PathLike[str], estimator: str | None = None) -> pd.DataFrame:
+def measured(
+    folder: str | os.PathLike[str], estimator: str | None = None, *, data_given_network: bool = True
+) -> pd.DataFrame:
     """Return one row a finished run: its network without dead units, encoded, decoded and evaluated.
 
     Columns: run, data, network, mode, seed, settings (the experiment's other fields that matter, as JSON); accuracy (of
@@ -71,6 +73,8 @@ def measured(folder: str | os.PathLike[str], estimator: str | None = None) -> pd
         A run, or a folder of runs; those that aren't finished are left out.
     estimator
         Specification of a code; None for ``palette|entropy``.
+    data_given_network
+        Whether to measure data_bytes and description_bytes, for which all training data are evaluated.
 
     Raises
     ------
@@ -89,7 +93,9 @@ def measured(folder: str | os.PathLike[str], estimator: str | None = None) -> pd
         experiment = read_experiment(path / CONFIGURATION)
         if experiment.data not in data:
             data[experiment.data] = load(experiment.data)
-        rows.append({"run": path.name, **_row(experiment, path / FINAL, data[experiment.data], spec)})
+        network_row, decoded = _row(experiment, path / FINAL, data[experiment.data], spec)
+        given = _data_given(decoded, data[experiment.data], network_row["bytes"]) if data_given_network else {}
+        rows.append({"run": path.name, **network_row, **given})
     return pd.DataFrame(rows)
 
 
@@ -174,7 +180,8 @@ def upper_hull(costs: NDArray[np.float64], gains: NDArray[np.float64]) -> NDArra
     return on_hull
 
 
-def _row(experiment: Experiment, final: Path, data: Dataset, estimator: str) -> dict[str, Any]:
+def _row(experiment: Experiment, final: Path, data: Dataset, estimator: str) -> tuple[dict[str, Any], nn.Module]:
+    """Return the columns of the network, and the network that its stream decodes to."""
     model = network(experiment.network).build(data.input_shape, data.classes)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     load_final(final, model)
@@ -187,10 +194,8 @@ def _row(experiment: Experiment, final: Path, data: Dataset, estimator: str) -> 
     smaller.load_state_dict(decode_checkpoint(stream))
     non_zeros = sum(int(parameter.count_nonzero()) for parameter in smaller.parameters())
     entries = sum(parameter.numel() for parameter in smaller.parameters())
-    loss, _ = evaluate(smaller, data.train)
-    data_bits = description_bits(0.0, loss, data.train.predictions)
     settings = {key: value for key, value in experiment.to_dict().items() if key not in _TOLD}
-    return {
+    row = {
         "data": experiment.data,
         "network": experiment.network,
         "mode": experiment.mode,
@@ -206,9 +211,14 @@ def _row(experiment: Experiment, final: Path, data: Dataset, estimator: str) -> 
         "mask_bytes": mask_bits(non_zeros, entries) / 8,
         "value_bytes": values_bytes(non_zeros),
         "bit_operations": operations,
-        "data_bytes": data_bits / 8,
-        "description_bytes": len(stream) + data_bits / 8,
     }
+    return row, smaller
+
+
+def _data_given(decoded: nn.Module, data: Dataset, network_bytes: int) -> dict[str, float]:
+    loss, _ = evaluate(decoded, data.train)
+    data_bytes = description_bits(0.0, loss, data.train.predictions) / 8
+    return {"data_bytes": data_bytes, "description_bytes": network_bytes + data_bytes}
 
 
 def _bit_operations(model: nn.Module, final: Path, data: Dataset) -> float:

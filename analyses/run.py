@@ -19,7 +19,7 @@ from kcomplex.analyses.experiment import Experiment, read_experiment
 from kcomplex.analyses.training import Training
 from kcomplex.errors import RunError, SpecError
 from kcomplex.files import replacing
-from kcomplex.tracking.tracker import attach
+from kcomplex.tracking.tracker import attach, differences
 from kcomplex.training.bit_operations import weight_bits
 
 Progress: TypeAlias = Callable[[int, Mapping[str, float]], None]
@@ -92,10 +92,9 @@ def is_done(experiment: Experiment, folder: str | os.PathLike[str]) -> bool:
             raise RunError(f"{path}: holds something that isn't a run of an experiment: choose another place or name")
         return False
     there, here = read_experiment(configuration).to_dict(), experiment.to_dict()
-    differing = [f"{key} is {there[key]!r} there and {here[key]!r} here" for key in here if there[key] != here[key]]
-    if differing:
+    if there != here:
         raise RunError(
-            f"{path}: holds a run of another experiment ({'; '.join(differing)}): choose another place or name"
+            f"{path}: holds a run of another experiment ({differences(there, here)}): choose another place or name"
         )
     return (path / FINAL).is_file()
 

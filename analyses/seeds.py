@@ -78,4 +78,4 @@ def compute_from_runs(
         Another metric than the accuracy is asked for: it is measured anew, on the decoded networks.
     """
     refuse_other_metric("seeds", metric)
-    return compute(measured(path, estimator))
+    return compute(measured(path, estimator, data_given_network=False))

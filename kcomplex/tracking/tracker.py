@@ -354,6 +354,16 @@ def attach(
     return tracker
 
 
+def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
+    """Return in words which keys of two configurations differ, and how."""
+    nothing = object()
+    return "; ".join(
+        f"{key} is {there.get(key, 'not set')!r} there and {here.get(key, 'not set')!r} here"
+        for key in sorted({*there, *here})
+        if there.get(key, nothing) != here.get(key, nothing)
+    )
+
+
 def _resume(
     run: Path, specs: tuple[str, ...] | None, config: Mapping[str, Any] | None, plan: Plan, step: int | None
 ) -> int:
@@ -363,8 +373,10 @@ def _resume(
         if specs is not None and specs != info.estimators:
             raise RunError(f"{run}: the run is measured with {', '.join(info.estimators)}; leave out the estimators")
         # Compared as the store has it: JSON makes lists of tuples.
-        if config is not None and json.loads(json.dumps(dict(config))) != info.config:
-            raise RunError(f"{run}: the run has another configuration, {info.config}; start a run of another name")
+        here = None if config is None else json.loads(json.dumps(dict(config)))
+        if here is not None and here != info.config:
+            told = differences(info.config, here)
+            raise RunError(f"{run}: the run has another configuration ({told}); start a run of another name")
         newest = store.newest()
         at = step if step is not None else 0 if newest is None else newest[1]
         store.resume(at, plan.to_dict(), torch.initial_seed())

@@ -257,8 +257,10 @@ def test_resuming_with_something_else_is_refused(track):
     track(config={"lr": 0.1}).close()
     with pytest.raises(RunError, match="measured with zstd, raw"):
         track(resume=True, estimators="zstd")
-    with pytest.raises(RunError, match="another configuration"):
-        track(resume=True, config={"lr": 0.2})
+    with pytest.raises(
+        RunError, match=r"another configuration \(lr is 0\.1 there and 0\.2 here; seed is 'not set' there"
+    ):
+        track(resume=True, config={"lr": 0.2, "seed": 1})
 
 
 def test_resuming_clears_what_a_kill_left(track, train, finish):
