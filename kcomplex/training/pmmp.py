@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 from kcomplex.errors import SpecError
 from kcomplex.training import pmmp_kernels
@@ -214,6 +215,7 @@ class _Penalty(torch.autograd.Function):
         return total
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         return None, *(slope * gradient.to(slope) for slope in ctx.saved_tensors)
 
