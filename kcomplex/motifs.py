@@ -9,14 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from kcomplex.errors import SpecError, WeightsError
-from kcomplex.nearest import Indices, Rows, distinct, nearest, squared_distances
+from kcomplex.nearest import Indices, Rows, distinct, squared_distances
 
 # Beyond it a squared distance overflows float64.
 _LARGEST = 1e150
@@ -145,97 +144,7 @@ def draw_motifs(
     pool = permutation[whole] if whole.any() else permutation
     if force_zero:
         pool = pool[blocks.rows[pool].any(axis=1)]
-    return np.concatenate([zero, blocks.rows[_first_distinct(blocks.rows, pool, count - len(zero))]])
-
-
-Selection = Literal["random", "distinct", "weighted", "spread"]
-SELECTIONS: tuple[str, ...] = get_args(Selection)
-_SPREAD_ROUNDS = 5
-# Of this many blocks, or this many a motif, spread motifs are as good as those of all blocks in a third of the time:
-# the distortion of 5 million weights on 12,500 motifs grows by a per mille after one step of Lloyd's algorithm.
-_SPREAD_BLOCKS = 1 << 17
-_SPREAD_BLOCKS_A_MOTIF = 16
-
-
-def select_motifs(
-    blocks: Blocks, count: int, generator: torch.Generator, selection: Selection, *, force_zero: bool = True
-) -> Rows:
-    """Return motifs selected from the blocks, the zero motif first where it is forced.
-
-    Parameters
-    ----------
-    blocks, count, force_zero
-        See `draw_motifs`; padded tails become motifs only where there is no other block, but for ``random``.
-    generator
-        Of the random numbers; the same state gives the same motifs on every machine.
-    selection
-        ``random``: blocks drawn without replacement, equal ones among them (as published). ``distinct``: the same,
-        but no motif twice. ``weighted``: distinct blocks, drawn in proportion to how many blocks are equal to them.
-        ``spread``: a fifth of the motifs distinct, then four times as many again drawn in proportion to the squared
-        distance to those already taken, which seeds k-means well; of many blocks, from a random sample of them.
-
-    Returns
-    -------
-    ndarray of shape (k, s), k <= count
-
-    References
-    ----------
-    B. Bahmani et al.: Scalable k-means++. VLDB 2012 (``spread``).
-    """
-    if selection in ("random", "distinct"):
-        permutation = torch.randperm(len(blocks.rows), generator=generator).numpy()
-        return draw_motifs(blocks, count, permutation, force_zero=force_zero, reference=selection == "random")
-    size = blocks.rows.shape[1]
-    whole = np.flatnonzero(blocks.real == size)
-    pool = whole if len(whole) else np.arange(len(blocks.rows))
-    most = max(_SPREAD_BLOCKS, _SPREAD_BLOCKS_A_MOTIF * count)
-    if selection == "spread" and len(pool) > most:
-        pool = pool[np.sort(torch.randperm(len(pool), generator=generator)[:most].numpy())]
-    rows = blocks.rows[pool]
-    zero = np.zeros((int(force_zero), size))
-    if selection == "weighted":
-        weights = multiplicities(rows).astype(np.float64)
-        weights[(weights > 0) & ~rows.any(axis=1) & force_zero] = 0.0
-        return np.concatenate([zero, rows[_race(weights, count - len(zero), generator)]])
-    taken = select_motifs(
-        Blocks(rows, np.full(len(rows), size), (rows.size,)),
-        max(count // _SPREAD_ROUNDS, 1 + int(force_zero)),
-        generator,
-        "distinct",
-        force_zero=force_zero,
-    )
-    distances = squared_distances(rows, taken[nearest(rows, taken)])
-    repeated = multiplicities(rows) == 0
-    for left in range(_SPREAD_ROUNDS - 1, 0, -1):
-        distances[repeated] = 0.0
-        more = rows[_race(distances, -(-(count - len(taken)) // left), generator)]
-        if not len(more):
-            break
-        taken = np.concatenate([taken, more])
-        distances = np.minimum(distances, squared_distances(rows, more[nearest(rows, more)]))
-    return taken
-
-
-def _race(weights: NDArray[np.float64], count: int, generator: torch.Generator) -> Indices:
-    """Return indices drawn without replacement in proportion to weights, ascending; none of weight zero."""
-    # The first to finish, where each takes an exponentially distributed time at the rate of its weight.
-    uniform = torch.rand(len(weights), generator=generator, dtype=torch.float64).numpy()
-    runners = np.flatnonzero(weights > 0)
-    times = -np.log1p(-uniform[runners]) / weights[runners]
-    count = min(count, len(runners))
-    winners: Indices = np.sort(runners[np.argsort(times, kind="stable")[:count]])
-    return winners
-
-
-def multiplicities(rows: Rows) -> Indices:
-    """Return, in the place of each distinct row's first occurrence, how often it occurs, and zero elsewhere."""
-    order = np.lexsort((np.arange(len(rows)), *rows.T[::-1]))
-    ordered = rows[order]
-    starts = np.ones(len(rows), dtype=bool)
-    starts[1:] = (ordered[1:] != ordered[:-1]).any(axis=1)
-    counts = np.zeros(len(rows), dtype=np.intp)
-    counts[order[starts]] = np.diff(np.flatnonzero(starts), append=len(rows))
-    return counts
+    return np.concatenate([zero, blocks.rows[first_distinct(blocks.rows, pool, count - len(zero))]])
 
 
 def mean_motifs(blocks: Blocks, motifs: Rows, assignment: Indices, *, force_zero: bool = True) -> Rows:
@@ -267,12 +176,12 @@ def update_motifs(blocks: Blocks, motifs: Rows, assignment: Indices, *, force_ze
     if unused.size:
         error = squared_distances(blocks.rows, motifs[assignment], blocks.real)
         poor = np.flatnonzero((error > 0) & (blocks.real == size))
-        worst = _first_distinct(blocks.rows, poor[np.argsort(-error[poor], kind="stable")], unused.size)
+        worst = first_distinct(blocks.rows, poor[np.argsort(-error[poor], kind="stable")], unused.size)
         updated[unused[: len(worst)]] = blocks.rows[worst]
     return updated
 
 
-def _first_distinct(rows: Rows, order: Indices, count: int) -> Indices:
+def first_distinct(rows: Rows, order: Indices, count: int) -> Indices:
     """Return the first ``count`` of the rows in an order, those that repeat an earlier one left out."""
     taken = count
     while True:

@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from kcomplex.errors import SpecError
-from kcomplex.motifs import SELECTIONS, Blocks, Selection, draw_motifs, motif_count, select_motifs, update_motifs
+from kcomplex.motif_selection import SELECTIONS, Selection, select_motifs
+from kcomplex.motifs import Blocks, draw_motifs, motif_count, update_motifs
 from kcomplex.nearest import Indices, Rows, distinct, nearest
 from kcomplex.training.codeq import CoDeQ
 from kcomplex.training.mode import WEIGHT_LAYERS, WEIGHT_NAMES, Evaluate, Mode, ParameterGroups, chosen_parameters
@@ -55,7 +56,7 @@ class MoMos(Mode):
     force_zero
         One motif is zero. It is free to store, and what it replaces is pruned.
     selection
-        How motifs are selected from the blocks; see `kcomplex.motifs.select_motifs`.
+        How motifs are selected from the blocks; see `kcomplex.motif_selection.select_motifs`.
     keep
         Share of the motifs of the last projection that stay in the bank, the most used ones; the others are selected
         anew from the blocks.
@@ -394,15 +395,19 @@ class MoMos(Mode):
             motifs = draw_motifs(blocks, count, permutation, force_zero=self.force_zero, reference=True)
         else:
             exact = replace(blocks, rows=group.exact(blocks.rows))
-            motifs = select_motifs(exact, count, generator, self.selection, force_zero=self.force_zero)
+            kept = self._most_used(mosaic, count)
+            motifs = select_motifs(exact, count, generator, self.selection, force_zero=self.force_zero, kept=kept)
         state.generator = generator.get_state()
-        if not self.keep or self.reference or mosaic.motifs is None or mosaic.assignment is None:
-            return motifs
+        return motifs
+
+    def _most_used(self, mosaic: Mosaic, count: int) -> Rows | None:
+        """Return the motifs of the last projection that stay, the zero motif among them; None where none do."""
+        if not self.keep or mosaic.motifs is None or mosaic.assignment is None:
+            return None
         usage = np.bincount(mosaic.assignment, minlength=len(mosaic.motifs))
         usage[0] += len(mosaic.assignment) * self.force_zero
-        kept = np.sort(np.argsort(-usage, kind="stable")[: max(1, round(self.keep * count))])
-        bank = np.concatenate([mosaic.motifs[kept], motifs])
-        return bank[distinct(bank)[:count]]
+        kept = mosaic.motifs[np.sort(np.argsort(-usage, kind="stable")[: max(1, round(self.keep * count))])]
+        return kept[distinct(kept)]
 
     def _fitted(self, group: Group, blocks: Blocks, motifs: Rows) -> tuple[Rows, Indices]:
         assignment = nearest(blocks.rows, motifs, blocks.real)

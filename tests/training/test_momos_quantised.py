@@ -10,8 +10,10 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+from kcomplex import motif_selection
 from kcomplex.errors import FormatError, SourceNotFoundError, SpecError
-from kcomplex.motifs import SELECTIONS, blocks_of, select_motifs
+from kcomplex.motif_selection import SELECTIONS, select_motifs
+from kcomplex.motifs import blocks_of
 from kcomplex.nearest import nearest, squared_distances
 from kcomplex.training.codeq import CoDeQ
 from kcomplex.training.mode import mode
@@ -236,16 +238,64 @@ def test_spread_selection_finds_far_blocks():
     assert (motifs == 5).all(1).any()
 
 
-def test_spread_selection_of_many_blocks_looks_at_a_sample_of_them():
-    # A mixture of scales, as of a network's layers: uniform draws leave the few large blocks far from every motif.
-    normal = np.random.default_rng(0).standard_t(3, size=(300_000, 2))
-    blocks = blocks_of([normal], 2)
-    distortions = {}
-    for selection in ("distinct", "spread"):
-        motifs = select_motifs(blocks, 200, torch.Generator().manual_seed(0), selection)
-        assert len(motifs) == 200
-        distortions[selection] = squared_distances(blocks.rows, motifs[nearest(blocks.rows, motifs)]).sum()
-    assert distortions["spread"] < 0.8 * distortions["distinct"]
+def first_distortion(blocks, count, selection) -> float:
+    motifs = select_motifs(blocks, count, torch.Generator().manual_seed(0), selection)
+    assert len(motifs) == count
+    return squared_distances(blocks.rows, motifs[nearest(blocks.rows, motifs)]).sum()
+
+
+def test_spread_selection_of_many_blocks_finds_far_ones_in_a_sample(monkeypatch):
+    # As of a network's layers, few of which have large weights: uniform draws leave those far from every motif.
+    generator = np.random.default_rng(0)
+    layers = [generator.normal(size=(200_000, 2)) * 0.02, generator.normal(size=(100, 2))]
+    blocks = blocks_of(layers, 2)
+    searched = []
+
+    def counting(rows, motifs, *others):
+        searched.append(len(rows))
+        return nearest(rows, motifs, *others)
+
+    monkeypatch.setattr(motif_selection, "nearest", counting)
+    sampled = first_distortion(blocks, 200, "spread")
+    assert set(searched) == {1 << 17}
+    monkeypatch.setattr(motif_selection, "_SAMPLED", len(blocks.rows))
+    assert sampled < 1.2 * first_distortion(blocks, 200, "spread")
+    assert sampled < 0.2 * first_distortion(blocks, 200, "distinct")
+
+
+def test_spread_selection_from_mostly_zeros_finds_as_many_motifs_as_there_are():
+    values = np.zeros((400_000, 2))
+    values[::20] = np.random.default_rng(0).normal(size=(20_000, 2))
+    motifs = select_motifs(blocks_of([values], 2), 15_000, torch.Generator().manual_seed(0), "spread")
+    assert len(motifs) == 15_000
+
+
+def test_equal_blocks_pull_motifs_as_often_as_they_are():
+    # Nine motifs for ten places: the place of few blocks is the one to go without, wherever it is.
+    places = np.arange(20.0).reshape(10, 2) + 1
+    for rare in range(10):
+        frequent = np.repeat(places, [1 if place == rare else 500 for place in range(10)], axis=0)
+        found = [
+            (
+                select_motifs(
+                    blocks_of([frequent], 2), 9, torch.Generator().manual_seed(seed), "spread", force_zero=False
+                )
+                == places[rare]
+            )
+            .all(1)
+            .any()
+            for seed in range(5)
+        ]
+        assert sum(found) <= 1
+
+
+@pytest.mark.parametrize("selection", ["weighted", "spread"])
+def test_motifs_that_are_kept_are_part_of_the_selection(selection):
+    blocks = blocks_of([np.random.default_rng(0).normal(size=(500, 2))], 2)
+    kept = np.concatenate([np.zeros((1, 2)), blocks.rows[:20]])
+    motifs = select_motifs(blocks, 60, torch.Generator().manual_seed(0), selection, kept=kept)
+    np.testing.assert_array_equal(motifs[:21], kept)
+    assert len(np.unique(motifs, axis=0)) == 60
 
 
 def test_kept_motifs_are_the_most_used_ones():
