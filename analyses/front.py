@@ -64,8 +64,10 @@ def measured(
     estimator, bytes (of the whole stream, names and shapes included; with dead units where that is shorter, as it can
     be for mosaics, whose blocks go across units), mask_bytes (what the positions of the non-zeros cost where all are
     alike: no code), value_bytes (four for each non-zero, which others report as the size), bit_operations (of one
-    pass as a share of those at full precision, dead units and all; NaN for a run that kept no bits), data_bytes (the
-    training labels given the network) and description_bytes (both).
+    pass of the network as trained, dead units and all, over those at full precision, as
+    `kcomplex.training.bit_operations` counts: layers that aren't quantised count in full, however many weights are
+    zero; NaN for a run that kept no bits), data_bytes (the training labels given the network) and description_bytes
+    (both).
 
     Parameters
     ----------
@@ -185,7 +187,7 @@ def _row(experiment: Experiment, final: Path, data: Dataset, estimator: str) -> 
     model = network(experiment.network).build(data.input_shape, data.classes)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     load_final(final, model)
-    operations = _bit_operations(model, final, data)
+    operations = _bit_operations(model, final.parent, data)
     chain = is_chain(model)
     candidates = [model, remove_dead_units(model).model] if chain else [model]
     streams = [encode_checkpoint(candidate, estimator) for candidate in candidates]
@@ -221,11 +223,14 @@ def _data_given(decoded: nn.Module, data: Dataset, network_bytes: int) -> dict[s
     return {"data_bytes": data_bytes, "description_bytes": network_bytes + data_bytes}
 
 
-def _bit_operations(model: nn.Module, final: Path, data: Dataset) -> float:
-    bits = final_bits(final)
+def _bit_operations(model: nn.Module, run: Path, data: Dataset) -> float:
+    bits = final_bits(run)
     if bits is None:
         return math.nan
-    return float(bit_operations(model, data.test.inputs[:1], bits).attrs["relative"])
+    try:
+        return float(bit_operations(model, data.test.inputs[:1], bits).attrs["relative"])
+    except SpecError as error:
+        raise RunError(f"{run}: its bits aren't those of its network: {error}") from error
 
 
 def method_names(mode: str) -> str:

@@ -58,9 +58,9 @@ def compression_rate(parameters: int, non_zeros: int) -> float:
     return parameters / non_zeros if non_zeros else math.inf
 
 
-def values_bytes(non_zeros: int, value_bytes: int = 4) -> float:
+def values_bytes(non_zeros: int, value_bytes: int = 4) -> int:
     """Return the bytes of the values that aren't zero alone, as if their places cost nothing: no format's size."""
-    return float(non_zeros * value_bytes)
+    return non_zeros * value_bytes
 
 
 def coordinate_bytes(non_zeros: int, value_bytes: int = 4) -> float:

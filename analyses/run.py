@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 from torch import nn
 
@@ -19,13 +19,15 @@ from kcomplex.analyses.experiment import Experiment, read_experiment
 from kcomplex.analyses.training import Training
 from kcomplex.errors import RunError, SpecError
 from kcomplex.files import replacing
-from kcomplex.tracking.tracker import attach, differences
+from kcomplex.tracking.differences import differences
+from kcomplex.tracking.tracker import attach
 from kcomplex.training.bit_operations import weight_bits
 
 Progress: TypeAlias = Callable[[int, Mapping[str, float]], None]
 
 CONFIGURATION = "experiment.toml"
 CHECKPOINT = "checkpoint.pt"
+BITS = "bits.json"
 FINAL = "final.safetensors"
 
 
@@ -38,9 +40,9 @@ def run(
     """Return the folder of an experiment's finished run.
 
     Its folder ``folder/name`` holds the configuration (``experiment.toml``), the run store with snapshots, metrics
-    and descriptions, and at the end the plain compressed network (``final.safetensors``, with the experiment and the
-    bits of quantised weights in its metadata). An interrupted run continues after its last whole epoch and ends with
-    the same weights, bit for bit, as one that wasn't interrupted. A finished one is returned as it is.
+    and descriptions, and at the end the bits of quantised weights (``bits.json``) and the plain compressed network
+    (``final.safetensors``, the experiment in its metadata). An interrupted run continues after its last whole epoch and
+    ends with the same weights, bit for bit, as one that wasn't interrupted. A finished one is returned as it is.
 
     Parameters
     ----------
@@ -113,7 +115,7 @@ def load_final(path: Path, model: nn.Module) -> None:
         raise RunError(f"{path}: doesn't hold the weights of the run's network: {error}") from error
 
 
-def final_bits(path: Path) -> dict[str, int] | None:
+def final_bits(run: Path) -> dict[str, int] | None:
     """Return the bits a weight of the layers that a finished run's mode quantised, by full name; None if it kept none.
 
     Raises
@@ -121,13 +123,16 @@ def final_bits(path: Path) -> dict[str, int] | None:
     RunError
         The file is broken.
     """
+    path = run / BITS
     try:
-        with safe_open(path, framework="pt") as file:
-            kept = (file.metadata() or {}).get("bits")
-        bits: dict[str, int] | None = None if kept is None else json.loads(kept)
-    except (SafetensorError, OSError, ValueError) as error:
+        bits = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    except (OSError, ValueError) as error:
         raise RunError(f"{path}: can't be read: {error}") from error
-    return bits
+    widths = bits.values() if isinstance(bits, dict) else [None]
+    if bits is not None and not all(type(width) is int and width > 0 for width in widths):
+        raise RunError(f"{path}: doesn't hold numbers of bits by name: remove it")
+    kept: dict[str, int] | None = bits
+    return kept
 
 
 def _write_configuration(experiment: Experiment, path: Path) -> None:
@@ -166,9 +171,10 @@ def _train(training: Training, path: Path, progress: Progress | None) -> None:
 
 def _write_final(training: Training, path: Path) -> None:
     plain = training.converted().cpu()
-    metadata = {"experiment": training.experiment.to_json(), "bits": json.dumps(weight_bits(training.model))}
+    with replacing(path.with_name(BITS)) as temporary:
+        temporary.write_text(json.dumps(weight_bits(training.model)), encoding="utf-8")
     with replacing(path) as temporary:
-        save_model(plain, str(temporary), metadata=metadata)
+        save_model(plain, str(temporary), metadata={"experiment": training.experiment.to_json()})
 
 
 @contextmanager

@@ -36,7 +36,9 @@ def compute(frame: pd.DataFrame) -> pd.DataFrame:
     if not twice.empty:
         raise SpecError(f"{twice['run'].iloc[0]}: another run has the same configuration and seed: keep one of them")
     groups = frame.groupby(_ALIKE, sort=False)[_AVERAGED]
-    table = groups.mean().join(groups.std().add_suffix("_std"))
+    # What some of the runs lack has neither.
+    complete = groups.count().eq(groups.size(), axis=0)
+    table = groups.mean().where(complete).join(groups.std().where(complete).add_suffix("_std"))
     ordered = [name for column in _AVERAGED for name in (column, f"{column}_std")]
     return table[ordered].assign(seeds=groups.size()).reset_index()
 

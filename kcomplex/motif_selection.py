@@ -37,7 +37,7 @@ def select_motifs(
         See `kcomplex.motifs.draw_motifs`; padded tails become motifs only where there is no other block, but for
         ``random``.
     generator
-        Of the random numbers; the same state gives the same motifs on every machine.
+        Of the random numbers; the same state and blocks give the same motifs on machines of one kind.
     selection
         ``random``: blocks drawn without replacement, equal ones among them (as published). ``distinct``: the same,
         but no motif twice. ``weighted``: distinct blocks, drawn in proportion to how many blocks are equal to them.

@@ -21,6 +21,7 @@ from kcomplex.errors import RunError, SpecError
 from kcomplex.estimator import Estimator
 from kcomplex.given import INITIAL, STAGE
 from kcomplex.tracking.columns import checked_metrics
+from kcomplex.tracking.differences import differences
 from kcomplex.tracking.lock import lock_run
 from kcomplex.tracking.plan import Plan, estimator_specs
 from kcomplex.tracking.schedule import Every, plain_every
@@ -352,16 +353,6 @@ def attach(
         lock.release()
         raise
     return tracker
-
-
-def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
-    """Return in words which keys of two configurations differ, and how."""
-    nothing = object()
-    return "; ".join(
-        f"{key} is {there.get(key, 'not set')!r} there and {here.get(key, 'not set')!r} here"
-        for key in sorted({*there, *here})
-        if there.get(key, nothing) != here.get(key, nothing)
-    )
 
 
 def _resume(

@@ -95,10 +95,8 @@ class MoMos(Mode):
     From MoMos (arXiv:2602.14896). Gradients reach the projected weights as they are: there is no latent copy.
 
     `begin_fine_tuning` fixes the mosaic: from then on every step ends with each motif at the mean of its blocks, which
-    trains the motifs and nothing else, with any optimiser. On digits (128 and 64 units, 40 epochs, AdamW, learning rate
-    1e-3, five seeds) mean accuracy as published / with distinct motifs instead of spread ones / with the defaults /
-    with the last 10 epochs on a fixed mosaic was .847 / .855 / .873 / .893 (s = 4, c = .05), .624 / .614 / .742 / .801
-    (4, .01) and .413 / .562 / .683 / .783 (8, .05); docs/training.md has MNIST and Fashion-MNIST.
+    trains the motifs and nothing else, with any optimiser: worth it where there are few motifs. docs/training.md
+    has accuracies of the published scheme beside the defaults.
 
     What is drawn depends on the seed and the weights alone: ranks that hold the same weights get the same motifs. A
     quantiser that was attached to the model before serves like one of this mode's own.

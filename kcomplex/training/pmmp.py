@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
-from torch.autograd.function import once_differentiable
 
 from kcomplex.errors import SpecError
 from kcomplex.training import pmmp_kernels
@@ -207,33 +206,46 @@ class _Penalty(torch.autograd.Function):
     def forward(ctx: Any, price: float, *tensors: torch.Tensor) -> torch.Tensor:
         total = torch.zeros((), dtype=tensors[1].dtype, device=tensors[0].device)
         slopes: list[torch.Tensor] = []
-        for quadruple in _quadruples(tensors):
-            slopes += _slopes(price, *quadruple)
-            gamma, u = quadruple[2:]
-            total += (price * gamma.sum() + torch.dot(slopes[-1].flatten(), u.flatten())).to(total)
-        ctx.save_for_backward(*slopes)
+        for theta, w, gamma, u in _quadruples(tensors):
+            if theta.device.type == "cpu" and not torch.compiler.is_compiling():
+                slopes += _compiled_slopes(price, theta, w, gamma, u)
+                bracket = slopes[-1]
+            else:
+                bracket = bracket_of(theta, w, gamma)
+            total += (price * gamma.sum() + torch.dot(bracket.flatten(), u.flatten())).to(total)
+        ctx.price = price
+        ctx.save_for_backward(*tensors, *slopes)
         return total
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return None, *(slope * gradient.to(slope) for slope in ctx.saved_tensors)
+        count = len(ctx.needs_input_grad) - 1
+        tensors, slopes = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
+        # The compiled loop can't be differentiated once more.
+        if not slopes or torch.is_grad_enabled():
+            slopes = tuple(part for quadruple in _quadruples(tensors) for part in _slopes(ctx.price, *quadruple))
+        return None, *(slope * gradient.to(slope) for slope in slopes)
+
+
+def _compiled_slopes(
+    price: float, theta: torch.Tensor, w: torch.Tensor, gamma: torch.Tensor, u: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    """Return what `_slopes` does, from one pass over the four tensors."""
+    into = tuple(torch.empty(theta.shape, dtype=u.dtype) for _ in range(4))
+    arrays = (_array(into[0]), _array(into[1]), _array(into[2]), _array(into[3]))
+    pmmp_kernels.slopes(price, (_array(theta), _array(w), _array(gamma), _array(u)), arrays)
+    return into
 
 
 def _slopes(
     price: float, theta: torch.Tensor, w: torch.Tensor, gamma: torch.Tensor, u: torch.Tensor
 ) -> tuple[torch.Tensor, ...]:
     """Return the gradients of the penalty in theta, w, gamma and u; the last one is the bracket."""
-    if theta.device.type == "cpu" and not torch.compiler.is_compiling():
-        quadruple = _array(theta), _array(w), _array(gamma), _array(u)
-        into = tuple(torch.empty(theta.shape, dtype=u.dtype) for _ in quadruple)
-        pmmp_kernels.slopes(price, quadruple, (_array(into[0]), _array(into[1]), _array(into[2]), _array(into[3])))
-        return into
     pull = 2 * u
-    inner = torch.sub(w, theta, alpha=2).mul_(w)
-    to_theta = torch.addcmul(theta, w, gamma, value=-1).mul_(pull)
-    to_w = torch.sub(w, theta).mul_(gamma).mul_(pull)
-    return to_theta, to_w, (u * inner).add_(price), torch.addcmul(theta * theta, gamma, inner)
+    to_theta = torch.addcmul(theta, w, gamma, value=-1) * pull
+    to_w = (w - theta) * gamma * pull
+    to_gamma = price + u * w * torch.sub(w, theta, alpha=2)
+    return to_theta, to_w, to_gamma, bracket_of(theta, w, gamma)
 
 
 def _array(tensor: torch.Tensor) -> NDArray[np.floating[Any]]:

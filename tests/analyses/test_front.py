@@ -11,14 +11,14 @@ import pytest
 import typer
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from kcomplex.analyses.data import load
 from kcomplex.analyses.experiment import Experiment
 from kcomplex.analyses.front import compute, compute_from_runs, measured, plot, upper_hull
 from kcomplex.analyses.networks import network
-from kcomplex.analyses.run import FINAL, run
+from kcomplex.analyses.run import BITS, FINAL, run
 from kcomplex.analyses.training import evaluate
 from kcomplex.cli.plot import plot as plot_command
 from kcomplex.errors import RunError, SpecError, WeightsError
@@ -65,14 +65,15 @@ def test_runs_are_measured_on_what_their_decoder_gives_back(runs: Path) -> None:
 
 
 def test_what_a_run_did_not_keep_is_not_made_up(runs: Path) -> None:
-    final = runs / "pruned" / FINAL
-    save_file(load_file(final), final)
+    bits = runs / "pruned" / BITS
+    bits.unlink()
     frame = measured(runs).set_index("run")
     assert np.isnan(frame.loc["pruned", "bit_operations"])
     assert frame.loc["plain", "bit_operations"] == 1
-    save_file(load_file(final), final, metadata={"bits": "{"})
-    with pytest.raises(RunError, match=FINAL):
-        measured(runs)
+    for broken in ("{", "[4]", '{"1.weight": "x"}', '{"another": 4}'):
+        bits.write_text(broken)
+        with pytest.raises(RunError, match="pruned"):
+            measured(runs)
 
 
 def test_another_code_can_be_chosen_and_must_be_one(runs: Path) -> None:

@@ -58,7 +58,7 @@ def test_sparse_formats_need_more_than_their_values():
     assert mask_bits(0, 10) == mask_bits(10, 10) == pytest.approx(0, abs=1e-9)
 
 
-def test_rates_are_the_published_ones():
+def test_the_compression_rate_is_that_of_a_published_resnet50():
     assert compression_rate(25_557_032, 3_770_639) == pytest.approx(6.7779, abs=1e-4)
     assert compression_rate(1000, 125) == 8
     assert compression_rate(5, 0) == math.inf

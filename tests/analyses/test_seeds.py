@@ -13,12 +13,12 @@ from typer.testing import CliRunner
 
 from kcomplex.analyses.experiment import Experiment
 from kcomplex.analyses.front import measured
-from kcomplex.analyses.run import run
+from kcomplex.analyses.run import BITS, run
 from kcomplex.analyses.seeds import compute, compute_from_runs
 from kcomplex.cli.plot import plot as plot_command
 from kcomplex.errors import SpecError
 
-SHORT = Experiment("first", network="mlp:hidden=8", epochs=1, estimators=("raw",))
+SHORT = Experiment("first", network="mlp:hidden=8", mode="codeq", epochs=1, estimators=("raw",))
 
 
 @pytest.fixture
@@ -40,10 +40,17 @@ def test_runs_that_differ_in_their_seed_alone_are_one_row(runs: Path) -> None:
     assert (alone["seeds"], together["seeds"]) == (1, 3)
     assert alone["accuracy"] == single.loc["alone", "accuracy"]
     assert pd.isna(alone["accuracy_std"])
-    for column in ("accuracy", "bytes", "rate"):
+    for column in ("accuracy", "bytes", "rate", "bit_operations"):
         values = single.loc[["first", "second", "measured_otherwise"], column]
         assert together[column] == pytest.approx(statistics.mean(values))
         assert together[f"{column}_std"] == pytest.approx(statistics.stdev(values))
+
+
+def test_what_one_of_several_runs_lacks_has_no_mean(runs: Path) -> None:
+    (runs / "second" / BITS).unlink()
+    together = compute_from_runs(runs).set_index("seeds").loc[3]
+    assert pd.isna(together["bit_operations"])
+    assert together["accuracy"] > 0
 
 
 def test_a_run_counts_once(runs: Path) -> None:

@@ -1,7 +1,7 @@
-"""What the training modes cost on one thread: steps on ResNet-20 beside a plain step, and a projection of MoMos.
+"""What the training modes cost on one thread: steps on ResNet-20 beside a plain step, and projections of MoMos.
 
 ``python tests/bench/training_step.py`` prints ratios of processor time, the median of pairs of steps taken in turn;
-CoDeQ's quantile beside the published way; and seconds and growth of the peak memory of one projection.
+CoDeQ's quantile beside the published way; and seconds and growth of the peak memory of a projection.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def quantiles() -> None:
 
 
 def main() -> None:
-    """Print one line a mode, then the quantiles and the projection."""
+    """Print one line a mode, then the quantiles and the projections."""
     torch.set_num_threads(1)
     for name in SPECS:
         plain, modified = Loop("baseline"), Loop(SPECS[name])

@@ -258,7 +258,7 @@ def test_resuming_with_something_else_is_refused(track):
     with pytest.raises(RunError, match="measured with zstd, raw"):
         track(resume=True, estimators="zstd")
     with pytest.raises(
-        RunError, match=r"another configuration \(lr is 0\.1 there and 0\.2 here; seed is 'not set' there"
+        RunError, match=r"another configuration \(lr is 0\.1 there and 0\.2 here; seed is not set there and 1 here"
     ):
         track(resume=True, config={"lr": 0.2, "seed": 1})
 

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from kcomplex.errors import SpecError
+from kcomplex.training.fpp import FPP
 from kcomplex.training.pmmp import PMMP
 
 
@@ -37,22 +38,36 @@ def test_gradients_are_those_of_the_saddle_function():
     assert u.grad.item() == pytest.approx(0.154)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_the_compiled_loop_computes_what_tensor_operations_do(dtype, monkeypatch):
+@pytest.mark.parametrize("method", [PMMP, FPP])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_the_compiled_loop_computes_what_tensor_operations_do(method, dtype, monkeypatch):
     def slopes() -> list[torch.Tensor]:
         torch.manual_seed(0)
         layer = nn.Conv2d(3, 5, 3).to(dtype, memory_format=torch.channels_last)
-        configured = PMMP(alpha=0.03, u0=0.5, p0=0.7)
+        configured = method(alpha=0.03, u0=0.5, p0=0.7)
         configured.prepare(layer)
         with torch.no_grad():
             layer.weight.mul_(3)
         tensors = [layer.weight, *(group["params"][0] for group in configured.parameter_groups(lr=0.1)[1:])]
-        return list(torch.autograd.grad(2 * configured.penalty(), tensors))
+        penalty = configured.penalty()
+        return [penalty.detach(), *torch.autograd.grad(2 * penalty, tensors)]
 
     compiled = slopes()
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     for ours, theirs in zip(compiled, slopes(), strict=True):
-        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5 if dtype != torch.bfloat16 else 1e-2)
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5 if dtype.itemsize > 2 else 1e-2)
+
+
+def test_curvature_is_that_of_the_saddle_function():
+    layer = single([0.5, -0.2]).double()
+    configured = PMMP(alpha=0.01, u0=2.0, p0=0.6)
+    configured.prepare(layer)
+    weights = layer.weight
+    direction = torch.tensor([[1.0, -3.0]], dtype=torch.float64)
+    # Of a sum, as in training: the gradient that reaches the penalty is a constant.
+    (slope,) = torch.autograd.grad((weights**3).sum() + configured.penalty(), weights, create_graph=True)
+    (product,) = torch.autograd.grad((slope * direction).sum(), weights)
+    torch.testing.assert_close(product, (6 * weights.detach() + 2 * 2.0) * direction)
 
 
 def test_gradients_agree_with_differentiating_the_published_form():
