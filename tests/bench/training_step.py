@@ -7,11 +7,11 @@ CoDeQ's quantile beside the published way; and seconds and growth of the peak me
 from __future__ import annotations
 
 import multiprocessing
-import resource
 import statistics
 import time
 
 import torch
+from coding_process import CLEAR_PEAK, memory
 from torch import nn
 from torch.nn.functional import cross_entropy
 
@@ -64,11 +64,13 @@ def projection(spec: str) -> tuple[float, float, float]:
     model = nn.Linear(2500, 2000, bias=False)
     momos = mode(spec)
     momos.prepare(model)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if CLEAR_PEAK.exists():
+        CLEAR_PEAK.write_text("5")
+    before = memory("VmRSS")
     wall, processor = time.perf_counter(), time.process_time()
     momos.after_epoch()
     wall, processor = time.perf_counter() - wall, time.process_time() - processor
-    return wall, processor, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    return wall, processor, (memory("VmHWM") - before) / 2**20
 
 
 def published_quantile(magnitudes: torch.Tensor, quantile: float = 0.99) -> torch.Tensor:
@@ -103,7 +105,7 @@ def main() -> None:
         print(f"{name:14} {ratio:6.3f} x a plain step ({theirs:.1f} ms for {ours:.1f} ms)", flush=True)
 
     quantiles()
-    # In a process of its own, so that the peak of memory is its own too.
+    # Each in a process of its own, which no earlier one's memory is left in.
     for name, spec in PROJECTIONS.items():
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             wall, processor, grown = pool.apply(projection, (spec,))
