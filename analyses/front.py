@@ -95,7 +95,7 @@ def measured(
         experiment = read_experiment(path / CONFIGURATION)
         if experiment.data not in data:
             data[experiment.data] = load(experiment.data)
-        network_row, decoded = _row(experiment, path / FINAL, data[experiment.data], spec)
+        network_row, decoded = _row(experiment, path, data[experiment.data], spec)
         given = _data_given(decoded, data[experiment.data], network_row["bytes"]) if data_given_network else {}
         rows.append({"run": path.name, **network_row, **given})
     return pd.DataFrame(rows)
@@ -182,12 +182,12 @@ def upper_hull(costs: NDArray[np.float64], gains: NDArray[np.float64]) -> NDArra
     return on_hull
 
 
-def _row(experiment: Experiment, final: Path, data: Dataset, estimator: str) -> tuple[dict[str, Any], nn.Module]:
+def _row(experiment: Experiment, run: Path, data: Dataset, estimator: str) -> tuple[dict[str, Any], nn.Module]:
     """Return the columns of the network, and the network that its stream decodes to."""
     model = network(experiment.network).build(data.input_shape, data.classes)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    load_final(final, model)
-    operations = _bit_operations(model, final.parent, data)
+    load_final(run / FINAL, model)
+    operations = _bit_operations(model, run, data)
     chain = is_chain(model)
     candidates = [model, remove_dead_units(model).model] if chain else [model]
     streams = [encode_checkpoint(candidate, estimator) for candidate in candidates]

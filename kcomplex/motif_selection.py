@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from kcomplex.motifs import Blocks, draw_motifs, first_distinct
-from kcomplex.nearest import Indices, Rows, nearest, squared_distances
+from kcomplex.nearest import Indices, Rows, equal_runs, nearest, squared_distances
 
 Selection = Literal["random", "distinct", "weighted", "spread"]
 SELECTIONS: tuple[str, ...] = get_args(Selection)
@@ -56,26 +56,21 @@ def select_motifs(
     B. Bahmani et al.: Scalable k-means++. VLDB 2012 (``spread``). O. Bachem, M. Lucic, A. Krause: Scalable k-means
     clustering via lightweight coresets. KDD 2018 (the sample).
     """
-    if selection == "random":
-        permutation = torch.randperm(len(blocks.rows), generator=generator).numpy()
-        drawn = draw_motifs(blocks, count, permutation, force_zero=force_zero, reference=True)
-        return drawn if kept is None else _joined(kept, drawn, count)
+    if selection in ("random", "distinct") and kept is None:
+        return _drawn(blocks, count, generator, selection, force_zero)
     size = blocks.rows.shape[1]
     whole = np.flatnonzero(blocks.real == size)
     rows = blocks.rows[whole] if len(whole) else blocks.rows
     taken = np.zeros((int(force_zero), size)) if kept is None else kept
     if selection == "weighted":
-        counts = multiplicities(rows).astype(np.float64)
+        counts = multiplicities(rows)
         counts[~rows.any(axis=1) & force_zero] = 0.0
         taken = _joined(taken, rows[_draw(counts, count - len(taken), generator)], count)
     elif selection == "spread":
         taken = _spread(rows, taken, count, generator)
     if len(taken) < count:
-        order = torch.randperm(len(rows), generator=generator).numpy()
-        if force_zero:
-            order = order[rows[order].any(axis=1)]
         # Of those that are drawn, as many as are taken already may be equal to them.
-        taken = _joined(taken, rows[first_distinct(rows, order, count)], count)
+        taken = _joined(taken, _drawn(blocks, count, generator, selection, force_zero), count)
     return taken
 
 
@@ -89,14 +84,16 @@ def multiplicities(rows: Rows, weights: NDArray[np.float64] | None = None) -> ND
     weights
         Of shape (m,), to add instead of counting.
     """
-    order = np.lexsort((np.arange(len(rows)), *rows.T[::-1]))
-    ordered = rows[order]
-    starts = np.ones(len(rows), dtype=bool)
-    starts[1:] = (ordered[1:] != ordered[:-1]).any(axis=1)
+    order, starts = equal_runs(rows)
     added = np.ones(len(rows)) if weights is None else weights[order]
     counts = np.zeros(len(rows))
     counts[order[starts]] = np.add.reduceat(added, np.flatnonzero(starts)) if len(rows) else 0.0
     return counts
+
+
+def _drawn(blocks: Blocks, count: int, generator: torch.Generator, selection: Selection, force_zero: bool) -> Rows:
+    permutation = torch.randperm(len(blocks.rows), generator=generator).numpy()
+    return draw_motifs(blocks, count, permutation, force_zero=force_zero, reference=selection == "random")
 
 
 def _joined(motifs: Rows, others: Rows, count: int) -> Rows:

@@ -88,11 +88,17 @@ def squared_distances(rows: Rows, motifs: Rows, real: Indices | None = None) -> 
 
 def distinct(rows: Rows) -> Indices:
     """Return the lowest index of each distinct row, ascending; 0.0 and -0.0 are equal."""
+    order, first = equal_runs(rows)
+    return np.sort(order[first])
+
+
+def equal_runs(rows: Rows) -> tuple[Indices, NDArray[np.bool_]]:
+    """Return an order in which equal rows follow each other, the lowest index first, and where each run begins."""
     order = np.lexsort((np.arange(len(rows)), *rows.T[::-1]))
     ordered = rows[order]
     first = np.ones(len(rows), dtype=bool)
     first[1:] = (ordered[1:] != ordered[:-1]).any(axis=1)
-    return np.sort(order[first])
+    return order, first
 
 
 def _search(rows: Rows, motifs: Rows, workers: int) -> Indices:

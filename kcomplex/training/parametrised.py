@@ -114,3 +114,8 @@ def share_of_zeros(model: nn.Module, names: Iterable[str]) -> float:
 def arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype that a quantiser computes in: float32 for the shorter ones, else the tensor's own."""
     return torch.float32 if dtype in _SHORT else dtype
+
+
+def loops_serve(tensor: torch.Tensor) -> bool:
+    """Return whether a compiled loop can take a tensor: on the CPU, and not while PyTorch traces the operations."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()

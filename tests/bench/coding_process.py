@@ -74,21 +74,26 @@ def memory(field: str) -> int:
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith(field))
 
 
+def peak_growth() -> Callable[[], float]:
+    """Return what tells how far the peak of this process's memory has risen since, in bytes; NaN but on Linux."""
+    if not CLEAR_PEAK.exists():
+        return lambda: math.nan
+    CLEAR_PEAK.write_text("5")
+    before = memory("VmRSS")
+    return lambda: float(memory("VmHWM") - before)
+
+
 def measured(work: Callable[[], Result]) -> tuple[Result, list[float], float]:
     """Return the result, the processor seconds of each repetition, and the peak of memory in bytes."""
-    watched = CLEAR_PEAK.exists()
-    if watched:
-        CLEAR_PEAK.write_text("5")
-        before = memory("VmRSS")
+    growth = peak_growth()
     seconds: list[float] = []
     while len(seconds) < REPETITIONS and sum(seconds) < ENOUGH_SECONDS:
         start = processor_seconds()
         result = work()
         seconds.append(processor_seconds() - start)
-    if not watched:
-        return result, seconds, math.nan
     of_children = 1024 * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-    return result, seconds, max(memory("VmHWM") - before, of_children)
+    # NaN, where the peak isn't known, stays.
+    return result, seconds, float(np.maximum(growth(), of_children))
 
 
 def main() -> None:

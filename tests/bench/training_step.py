@@ -11,7 +11,7 @@ import statistics
 import time
 
 import torch
-from coding_process import CLEAR_PEAK, memory
+from coding_process import peak_growth
 from torch import nn
 from torch.nn.functional import cross_entropy
 
@@ -64,13 +64,11 @@ def projection(spec: str) -> tuple[float, float, float]:
     model = nn.Linear(2500, 2000, bias=False)
     momos = mode(spec)
     momos.prepare(model)
-    if CLEAR_PEAK.exists():
-        CLEAR_PEAK.write_text("5")
-    before = memory("VmRSS")
+    growth = peak_growth()
     wall, processor = time.perf_counter(), time.process_time()
     momos.after_epoch()
     wall, processor = time.perf_counter() - wall, time.process_time() - processor
-    return wall, processor, (memory("VmHWM") - before) / 2**20
+    return wall, processor, growth() / 2**20
 
 
 def published_quantile(magnitudes: torch.Tensor, quantile: float = 0.99) -> torch.Tensor:
