@@ -28,6 +28,7 @@ SPECS = [
     "relaxed_l1:alpha=0.001|uniform_qat:bits=4",
 ]
 RANK = """
+import gc
 import sys
 import torch
 from torch import nn
@@ -38,7 +39,9 @@ from kcomplex.training.mode import mode
 rank, path, specs = int(sys.argv[1]), sys.argv[2], sys.argv[3:]
 torch.set_num_threads(1)
 torch.distributed.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
-for spec in specs:
+
+
+def same_weights(spec):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(20, 24), nn.ReLU(), nn.Linear(24, 4))
     configured = mode(spec)
@@ -59,6 +62,12 @@ for spec in specs:
     other = [torch.empty_like(own) for _ in range(2)]
     torch.distributed.all_gather(other, own)
     assert torch.equal(*other), spec
+
+
+for spec in specs:
+    same_weights(spec)
+# What still holds the group keeps its threads, and a thread that outlives the interpreter aborts the process.
+gc.collect()
 torch.distributed.destroy_process_group()
 """
 
