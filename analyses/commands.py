@@ -32,7 +32,7 @@ def train(
         str | None,
         typer.Option(
             metavar="SPEC",
-            help="mlp:hidden=128+64, lenet300, lenet5, convnet:channels=16+32, resnet20, vit, gpt:width=64",
+            help="mlp:hidden=128+64, lenet300, lenet5, convnet:channels=16+32, vgg16, resnet20, vit, gpt:width=64",
         ),
     ] = None,
     mode: Annotated[

@@ -29,6 +29,7 @@ from kcomplex.training.batch_norm import reestimate_batch_norm
 
 NETWORKS = {
     "resnet20:width=2": "digits",
+    "vgg16:width=2": "digits",
     "vit:width=8,depth=1,heads=2": "digits",
     "gpt:width=8,depth=1,heads=2": "tinyshakespeare:window=8",
 }
@@ -131,12 +132,14 @@ def test_broken_final_weights_are_told(tmp_path: Path) -> None:
         plain_network(path, spec)
 
 
-def test_the_front_measures_networks_that_are_no_chains(tmp_path: Path) -> None:
+def test_the_front_measures_networks_and_counts_the_units_of_chains(tmp_path: Path) -> None:
     for number, spec in enumerate(NETWORKS):
         run(experiment(spec, "uniform_qat", f"run{number}"), tmp_path)
     run(experiment("mlp", "baseline", "mlp"), tmp_path)
     table = front.measured(tmp_path).set_index("run")
-    assert table["units"].to_dict() == {"mlp": "128-10", "run0": "", "run1": "", "run2": ""}
+    units = {"vgg16:width=2": "2-2-4-4-8-8-8-16-16-16-16-16-16-16-16-10"}
+    wanted = {f"run{number}": units.get(spec, "") for number, spec in enumerate(NETWORKS)}
+    assert table["units"].to_dict() == {"mlp": "128-10", **wanted}
     for number, spec in enumerate(NETWORKS):
         data = small_set(NETWORKS[spec])
         loss, _ = evaluate(plain_network(tmp_path / f"run{number}", spec), data.train)

@@ -25,12 +25,18 @@ def parameters(spec: str, shape: tuple[int, ...], classes: int = 10) -> int:
         ("mlp:hidden=300+100", (1, 28, 28), 266_610),
         ("mlp:hidden=256+256+256+256", (3, 32, 32), 986_634),
         ("resnet20", (3, 32, 32), 269_722),
+        ("vgg16", (3, 32, 32), 15_253_578),
     ],
 )
 def test_published_networks_have_the_published_number_of_parameters(
     spec: str, shape: tuple[int, ...], count: int
 ) -> None:
     assert parameters(spec, shape) == count
+
+
+@pytest.mark.parametrize(("hidden", "count"), [("5+8", 72), ("25+25", 751)], ids=["teacher", "student"])
+def test_an_mlp_of_two_numbers_has_the_published_number_of_parameters(hidden: str, count: int) -> None:
+    assert parameters(f"mlp:hidden={hidden}", (1, 1, 2), classes=1) == count
 
 
 def test_transformers_have_the_number_of_parameters_of_their_layers() -> None:
@@ -79,6 +85,8 @@ def test_too_small_images_are_refused(spec: str, shape: tuple[int, int, int]) ->
         "convnet:channels=",
         "mlp:width=3",
         "lenet300:x=1",
+        "vgg16:width=0",
+        "vgg16:dropout=1",
         "resnet20:width=0",
         "vit:patch=0",
         "vit:heads=3",
@@ -92,7 +100,7 @@ def test_wrong_options_are_refused(spec: str) -> None:
 
 
 def test_an_unknown_name_lists_the_known_ones() -> None:
-    with pytest.raises(UnknownNameError, match="convnet, gpt, lenet300, lenet5, mlp, resnet20, vit"):
+    with pytest.raises(UnknownNameError, match="convnet, gpt, lenet300, lenet5, mlp, resnet20, vgg16, vit"):
         network("resnet")
 
 
