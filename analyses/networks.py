@@ -155,14 +155,15 @@ class ConvNet(Network):
 class VGG16(Network):
     """VGG-16 for small images: 15,253,578 parameters for three channels of 32x32 and ten classes.
 
-    Thirteen 3x3 convolutions (Simonyan & Zisserman 2014, arXiv:1409.1556, column D), each with batch normalisation and
-    ReLU, and three linear layers, the inner ones 512 wide, as arXiv:2505.17469 prunes it on CIFAR-10. Pooling halves
-    the sides five times; odd ones are rounded up.
+    The thirteen 3x3 convolutions of Simonyan & Zisserman 2014 (arXiv:1409.1556, column D), with the batch
+    normalisation, two hidden linear layers of 512 and dropout of 0.4 that arXiv:2505.17469 has on CIFAR-10; where to
+    drop isn't told there: here, before every linear layer. Pooling halves the sides five times; odd ones are rounded
+    up.
 
     Parameters
     ----------
     width
-        Feature maps of the first convolutions; up to eight times as many follow, and the inner linear layers are as
+        Feature maps of the first convolutions; up to eight times as many follow, and the hidden linear layers are as
         wide as the last.
     dropout
         Probability of dropping an input of a linear layer, in [0, 1).

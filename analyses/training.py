@@ -55,6 +55,7 @@ class Training:
         self.model = network(experiment.network).build(data.input_shape, data.classes).to(device)
         if experiment.augmentation != "none" and len(data.input_shape) != _IMAGE_AXES:
             raise SpecError(f"augmentation={experiment.augmentation} is for images: {experiment.data} has none")
+        _check_last_batch(experiment, self.model, self.data.train)
         self.mode = mode(experiment.mode).with_samples(data.train.predictions)
         self.mode.prepare(self.model)
         self.optimizer = _optimizer(experiment, self.mode)
@@ -214,6 +215,20 @@ class Training:
             "shuffling": self.shuffling.get_state(),
             "global_generator": torch.get_rng_state(),
         }
+
+
+def _check_last_batch(experiment: Experiment, model: nn.Module, train: Split) -> None:
+    """Refuse a last batch of one input where the network normalises single numbers over the batch."""
+    if (len(train) - 1) % experiment.batch_size:
+        return
+    with torch.random.fork_rng(), torch.no_grad():
+        try:
+            copy.deepcopy(model).train()(train.inputs[:1])
+        except ValueError as error:
+            raise SpecError(
+                f"{experiment.network} can't learn from one input alone ({error}), and batch_size="
+                f"{experiment.batch_size} leaves one of {len(train)} for the last batch: take another batch_size"
+            ) from error
 
 
 @torch.no_grad()

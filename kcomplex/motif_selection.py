@@ -45,7 +45,8 @@ def select_motifs(
         distance to those already taken, summed over equal blocks, which seeds k-means well; of many blocks, from a
         sample of them in which blocks far from the mean are more frequent, and count less.
     kept
-        Motifs to begin with, distinct, the zero motif first where it is forced; they are part of the count.
+        Motifs to begin with, distinct, the zero motif first where it is forced; they are part of the count, and those
+        beyond it are left out. No motif is returned twice then, by ``random`` neither.
 
     Returns
     -------
@@ -58,19 +59,17 @@ def select_motifs(
     """
     if selection in ("random", "distinct") and kept is None:
         return _drawn(blocks, count, generator, selection, force_zero)
-    size = blocks.rows.shape[1]
-    whole = np.flatnonzero(blocks.real == size)
-    rows = blocks.rows[whole] if len(whole) else blocks.rows
-    taken = np.zeros((int(force_zero), size)) if kept is None else kept
+    taken = np.zeros((int(force_zero), blocks.rows.shape[1])) if kept is None else kept[:count]
     if selection == "weighted":
+        rows = _whole(blocks)
         counts = multiplicities(rows)
         counts[~rows.any(axis=1) & force_zero] = 0.0
         taken = _joined(taken, rows[_draw(counts, count - len(taken), generator)], count)
     elif selection == "spread":
-        taken = _spread(rows, taken, count, generator)
+        taken = _spread(_whole(blocks), taken, count, generator)
     if len(taken) < count:
         # Of those that are drawn, as many as are taken already may be equal to them.
-        taken = _joined(taken, _drawn(blocks, count, generator, selection, force_zero), count)
+        taken = _joined(taken, _drawn(blocks, count, generator, "distinct", force_zero), count)
     return taken
 
 
@@ -89,6 +88,12 @@ def multiplicities(rows: Rows, weights: NDArray[np.float64] | None = None) -> ND
     counts = np.zeros(len(rows))
     counts[order[starts]] = np.add.reduceat(added, np.flatnonzero(starts)) if len(rows) else 0.0
     return counts
+
+
+def _whole(blocks: Blocks) -> Rows:
+    """Return the blocks that aren't padded or, where all are, those."""
+    whole = np.flatnonzero(blocks.real == blocks.rows.shape[1])
+    return blocks.rows[whole] if len(whole) else blocks.rows
 
 
 def _drawn(blocks: Blocks, count: int, generator: torch.Generator, selection: Selection, force_zero: bool) -> Rows:

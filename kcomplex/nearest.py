@@ -93,7 +93,10 @@ def distinct(rows: Rows) -> Indices:
 
 
 def equal_runs(rows: Rows) -> tuple[Indices, NDArray[np.bool_]]:
-    """Return an order in which equal rows follow each other, the lowest index first, and where each run begins."""
+    """Return an order in which equal rows follow each other, the lowest index first, and which places begin a run.
+
+    0.0 and -0.0 are equal.
+    """
     order = np.lexsort((np.arange(len(rows)), *rows.T[::-1]))
     ordered = rows[order]
     first = np.ones(len(rows), dtype=bool)

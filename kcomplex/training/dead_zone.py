@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from kcomplex.training import dead_zone_kernels
-from kcomplex.training.parametrised import HoldingQuantiser, arithmetic_dtype, loops_serve
+from kcomplex.training.parametrised import HoldingQuantiser, arithmetic_dtype, compiled_loops_serve
 
 MIN_BITS = 2
 # A plain number at fixed precision, a tensor without dimensions where the bits are learned.
@@ -252,7 +252,7 @@ class DeadZoneQuantiser(HoldingQuantiser):
 
 def _compiled(scheme: Scheme, weights: torch.Tensor) -> bool:
     """Return whether the compiled loops serve: they are for the CPU, and the published forms have their own order."""
-    return not scheme.reference and loops_serve(weights)
+    return not scheme.reference and compiled_loops_serve(weights)
 
 
 def _numbers(
@@ -387,7 +387,7 @@ def quantile_and_maximum(rows: torch.Tensor, quantile: float) -> tuple[torch.Ten
     """
     position = quantile * (rows.shape[1] - 1)
     lower = math.floor(position)
-    if loops_serve(rows):
+    if compiled_loops_serve(rows):
         values = rows.contiguous().numpy()
         found = np.empty((len(values), 3), _words(values).dtype)
         dead_zone_kernels.order_statistics(_words(values), lower, found)

@@ -14,7 +14,7 @@ from torch import nn
 
 from kcomplex.errors import SpecError
 from kcomplex.motif_selection import SELECTIONS, Selection, select_motifs
-from kcomplex.motifs import Blocks, draw_motifs, motif_count, update_motifs
+from kcomplex.motifs import Blocks, motif_count, update_motifs
 from kcomplex.nearest import Indices, Rows, distinct, nearest
 from kcomplex.training.codeq import CoDeQ
 from kcomplex.training.mode import WEIGHT_LAYERS, WEIGHT_NAMES, Evaluate, Mode, ParameterGroups, chosen_parameters
@@ -389,8 +389,7 @@ class MoMos(Mode):
         generator = torch.Generator()
         generator.set_state(state.generator)
         if self.reference:
-            permutation = torch.randperm(len(blocks.rows), generator=generator).numpy()
-            motifs = draw_motifs(blocks, count, permutation, force_zero=self.force_zero, reference=True)
+            motifs = select_motifs(blocks, count, generator, "random", force_zero=self.force_zero)
         else:
             exact = replace(blocks, rows=group.exact(blocks.rows))
             kept = self._most_used(mosaic, count)

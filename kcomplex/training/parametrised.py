@@ -1,4 +1,4 @@
-"""Parametrisations on chosen parameters: what the quantising modes have in common."""
+"""Parametrisations on chosen parameters, and the arithmetic that quantising and pruning modes have in common."""
 
 from __future__ import annotations
 
@@ -116,6 +116,6 @@ def arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in _SHORT else dtype
 
 
-def loops_serve(tensor: torch.Tensor) -> bool:
+def compiled_loops_serve(tensor: torch.Tensor) -> bool:
     """Return whether a compiled loop can take a tensor: on the CPU, and not while PyTorch traces the operations."""
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()

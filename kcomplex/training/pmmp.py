@@ -14,7 +14,7 @@ from torch import nn
 from kcomplex.errors import SpecError
 from kcomplex.training import pmmp_kernels
 from kcomplex.training.mode import ParameterGroups
-from kcomplex.training.parametrised import arithmetic_dtype, loops_serve
+from kcomplex.training.parametrised import arithmetic_dtype, compiled_loops_serve
 from kcomplex.training.pruning import Pruning
 
 _COMPANIONS = ("w", "gamma", "u")
@@ -207,7 +207,7 @@ class _Penalty(torch.autograd.Function):
         total = torch.zeros((), dtype=tensors[1].dtype, device=tensors[0].device)
         slopes: list[torch.Tensor] = []
         for theta, w, gamma, u in _quadruples(tensors):
-            if loops_serve(theta):
+            if compiled_loops_serve(theta):
                 slopes += _compiled_slopes(price, theta, w, gamma, u)
                 bracket = slopes[-1]
             else:

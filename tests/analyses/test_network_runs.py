@@ -1,4 +1,4 @@
-"""Residual networks and transformers in every mode: interrupted, continued, converted, coded and decoded."""
+"""Deep networks and transformers in every mode: interrupted, continued, converted, coded and decoded."""
 
 from __future__ import annotations
 
@@ -122,6 +122,14 @@ def test_a_tied_weight_is_stored_once_and_stays_tied(tmp_path: Path) -> None:
         assert {"characters.weight", "head.weight"} - set(file.keys()) == {"head.weight"}
 
 
+def test_a_last_batch_of_one_is_refused_where_it_cant_be_normalised(tmp_path: Path) -> None:
+    tiny = experiment("vgg16:width=2", "baseline")
+    with pytest.raises(SpecError, match="batch_size=89 leaves one of 90"):
+        run(dataclasses.replace(tiny, batch_size=89), tmp_path / "refused")
+    assert not (tmp_path / "refused").exists()
+    run(dataclasses.replace(tiny, network="resnet20:width=2", batch_size=89), tmp_path)
+
+
 def test_broken_final_weights_are_told(tmp_path: Path) -> None:
     spec = "resnet20:width=2"
     path = run(experiment(spec, "baseline"), tmp_path)
@@ -137,9 +145,9 @@ def test_the_front_measures_networks_and_counts_the_units_of_chains(tmp_path: Pa
         run(experiment(spec, "uniform_qat", f"run{number}"), tmp_path)
     run(experiment("mlp", "baseline", "mlp"), tmp_path)
     table = front.measured(tmp_path).set_index("run")
-    units = {"vgg16:width=2": "2-2-4-4-8-8-8-16-16-16-16-16-16-16-16-10"}
-    wanted = {f"run{number}": units.get(spec, "") for number, spec in enumerate(NETWORKS)}
-    assert table["units"].to_dict() == {"mlp": "128-10", **wanted}
+    chains = {"vgg16:width=2": "2-2-4-4-8-8-8-16-16-16-16-16-16-16-16-10"}
+    units = {f"run{number}": chains.get(spec, "") for number, spec in enumerate(NETWORKS)}
+    assert table["units"].to_dict() == {"mlp": "128-10", **units}
     for number, spec in enumerate(NETWORKS):
         data = small_set(NETWORKS[spec])
         loss, _ = evaluate(plain_network(tmp_path / f"run{number}", spec), data.train)

@@ -34,8 +34,9 @@ def test_published_networks_have_the_published_number_of_parameters(
     assert parameters(spec, shape) == count
 
 
+# Of arXiv:2505.17469, from two numbers to one.
 @pytest.mark.parametrize(("hidden", "count"), [("5+8", 72), ("25+25", 751)], ids=["teacher", "student"])
-def test_an_mlp_of_two_numbers_has_the_published_number_of_parameters(hidden: str, count: int) -> None:
+def test_teacher_and_student_have_the_published_number_of_parameters(hidden: str, count: int) -> None:
     assert parameters(f"mlp:hidden={hidden}", (1, 1, 2), classes=1) == count
 
 

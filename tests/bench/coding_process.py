@@ -74,8 +74,8 @@ def memory(field: str) -> int:
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith(field))
 
 
-def peak_growth() -> Callable[[], float]:
-    """Return what tells how far the peak of this process's memory has risen since, in bytes; NaN but on Linux."""
+def watched_peak() -> Callable[[], float]:
+    """Reset the peak of this process's memory; return a function of its growth since in bytes, NaN but on Linux."""
     if not CLEAR_PEAK.exists():
         return lambda: math.nan
     CLEAR_PEAK.write_text("5")
@@ -84,16 +84,19 @@ def peak_growth() -> Callable[[], float]:
 
 
 def measured(work: Callable[[], Result]) -> tuple[Result, list[float], float]:
-    """Return the result, the processor seconds of each repetition, and the peak of memory in bytes."""
-    growth = peak_growth()
+    """Return the result, the processor seconds of each repetition, and the peak of memory in bytes.
+
+    The peak is that above what this process used before, or a child's in whole, whichever is higher.
+    """
+    growth = watched_peak()
     seconds: list[float] = []
     while len(seconds) < REPETITIONS and sum(seconds) < ENOUGH_SECONDS:
         start = processor_seconds()
         result = work()
         seconds.append(processor_seconds() - start)
     of_children = 1024 * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-    # NaN, where the peak isn't known, stays.
-    return result, seconds, float(np.maximum(growth(), of_children))
+    grown = growth()
+    return result, seconds, grown if math.isnan(grown) else max(grown, of_children)
 
 
 def main() -> None:

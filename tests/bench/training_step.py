@@ -11,7 +11,7 @@ import statistics
 import time
 
 import torch
-from coding_process import peak_growth
+from coding_process import watched_peak
 from torch import nn
 from torch.nn.functional import cross_entropy
 
@@ -64,7 +64,7 @@ def projection(spec: str) -> tuple[float, float, float]:
     model = nn.Linear(2500, 2000, bias=False)
     momos = mode(spec)
     momos.prepare(model)
-    growth = peak_growth()
+    growth = watched_peak()
     wall, processor = time.perf_counter(), time.process_time()
     momos.after_epoch()
     wall, processor = time.perf_counter() - wall, time.process_time() - processor

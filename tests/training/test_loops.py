@@ -66,7 +66,7 @@ def same_weights(spec):
 
 for spec in specs:
     same_weights(spec)
-# What still holds the group keeps its threads, and a thread that outlives the interpreter aborts the process.
+# A replica holds the group, and a thread of the group that outlives the interpreter aborts the process.
 gc.collect()
 torch.distributed.destroy_process_group()
 """

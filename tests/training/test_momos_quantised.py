@@ -289,13 +289,15 @@ def test_equal_blocks_pull_motifs_as_often_as_they_are():
         assert sum(found) <= 1
 
 
-@pytest.mark.parametrize("selection", ["weighted", "spread"])
+@pytest.mark.parametrize("selection", SELECTIONS)
 def test_motifs_that_are_kept_are_part_of_the_selection(selection):
-    blocks = blocks_of([np.random.default_rng(0).normal(size=(500, 2))], 2)
+    # Each block is there twice.
+    blocks = blocks_of([np.tile(np.random.default_rng(0).normal(size=(500, 2)), (2, 1))], 2)
     kept = np.concatenate([np.zeros((1, 2)), blocks.rows[:20]])
-    motifs = select_motifs(blocks, 60, torch.Generator().manual_seed(0), selection, kept=kept)
-    np.testing.assert_array_equal(motifs[:21], kept)
-    assert len(np.unique(motifs, axis=0)) == 60
+    for count in (5, 21, 60, 501):
+        motifs = select_motifs(blocks, count, torch.Generator().manual_seed(0), selection, kept=kept)
+        np.testing.assert_array_equal(motifs[:21], kept[:count])
+        assert len(motifs) == len(np.unique(motifs, axis=0)) == count
 
 
 def test_kept_motifs_are_the_most_used_ones():

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from kcomplex.training.mode import chosen_parameters
+from kcomplex.training.mode import WEIGHT_LAYERS, chosen_parameters
 
 
 def convolution(before: int, after: int, kernel: int) -> list[nn.Module]:
@@ -40,5 +40,5 @@ def byte_transformer() -> nn.Module:
 def test_every_parameter_is_chosen_once(build, count):
     with torch.device("meta"):
         model = build()
-    chosen = chosen_parameters(model, None, "*", (), None)
+    chosen = chosen_parameters(model, WEIGHT_LAYERS, "*", ())
     assert sum(getattr(module, name).numel() for module, name, _ in chosen) == count
