@@ -217,18 +217,18 @@ class Training:
         }
 
 
+@torch.no_grad()
 def _check_last_batch(experiment: Experiment, model: nn.Module, train: Split) -> None:
     """Refuse a last batch of one input where the network normalises single numbers over the batch."""
     if (len(train) - 1) % experiment.batch_size:
         return
-    with torch.random.fork_rng(), torch.no_grad():
-        try:
-            copy.deepcopy(model).train()(train.inputs[:1])
-        except ValueError as error:
-            raise SpecError(
-                f"{experiment.network} can't learn from one input alone ({error}), and batch_size="
-                f"{experiment.batch_size} leaves one of {len(train)} for the last batch: take another batch_size"
-            ) from error
+    try:
+        copy.deepcopy(model)(train.inputs[:1])
+    except ValueError as error:
+        raise SpecError(
+            f"{experiment.network} can't learn from one input alone ({error}), and batch_size="
+            f"{experiment.batch_size} leaves one of {len(train)} for the last batch: take another batch_size"
+        ) from error
 
 
 @torch.no_grad()
