@@ -16,7 +16,7 @@ from kcomplex.cli.output import errors, output_format, write_frame
 if TYPE_CHECKING:
     import pandas as pd
 
-    from kcomplex.analyses.experiment import Experiment
+    from .experiments.experiment import Experiment
 
 
 def train(
@@ -94,7 +94,7 @@ def sweep(
     """Train every combination that a sweep file asks for, one after the other; what is done is skipped."""
     import pandas as pd
 
-    from kcomplex.analyses.sweep import read_sweep
+    from .experiments.sweep import read_sweep
 
     output = output_format(as_json, as_csv)
     experiments = read_sweep(file)
@@ -107,8 +107,8 @@ def sweep(
 
 def run_with_progress(experiments: list[Experiment], folder: Path, data_dir: Path | None) -> list[Path]:
     """Return the runs of experiments, showing a bar a run on a terminal and telling which were done before."""
-    from kcomplex.analyses.run import is_done
-    from kcomplex.analyses.sweep import run_sweep
+    from .experiments.run import is_done
+    from .experiments.sweep import run_sweep
 
     for experiment in experiments:
         if is_done(experiment, folder):
@@ -121,7 +121,7 @@ def last_descriptions(paths: list[Path]) -> pd.DataFrame:
     """Return one row a run and estimator at the last snapshots, with accuracy, kind, weights and lengths."""
     import pandas as pd
 
-    from kcomplex.analyses.selection import last_measured
+    from .studies.selection import last_measured
 
     frame = pd.concat([last_measured(path) for path in paths], ignore_index=True)
     columns = ["run", "accuracy", "estimator", "kind", "unit", "value", "weights", "bits_per_weight", "bytes", "ratio"]
@@ -130,8 +130,9 @@ def last_descriptions(paths: list[Path]) -> pd.DataFrame:
 
 def _experiment(config: Path | None, run: Path | None, options: dict[str, Any]) -> tuple[Experiment, Path]:
     """Return the experiment and the folder that its run's folder is in."""
-    from kcomplex.analyses.experiment import experiment_from, read_table
     from kcomplex.errors import SpecError
+
+    from .experiments.experiment import experiment_from, read_table
 
     values = {} if config is None else read_table(config)
     if run is not None:

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kcomplex.analyses.commands import run_with_progress
+from .commands import run_with_progress
 
 if TYPE_CHECKING:
     import pandas as pd
     from rich.table import Table
 
-    from kcomplex.analyses.experiment import Experiment
+    from .experiments.experiment import Experiment
 
 # The last one also sees palettes and zeros, so that it is fair to every mode: the figures show it.
 ESTIMATORS = ("raw", "zstd", "lzma", "palette|entropy", "mosaic|entropy")
@@ -86,8 +86,9 @@ def demo_experiments(data: str = "digits", epochs: int | None = None, seed: int 
     SpecError
         The demo has no settings for this data set, or an argument is out of range.
     """
-    from kcomplex.analyses.experiment import Experiment
     from kcomplex.errors import SpecError
+
+    from .experiments.experiment import Experiment
 
     if data not in _SETTINGS:
         raise SpecError(f"the demo has no settings for {data!r}, only for {', '.join(_SETTINGS)}: use kcomplex sweep")
@@ -118,8 +119,8 @@ def demo_table(paths: list[Path]) -> pd.DataFrame:
     """
     import pandas as pd
 
-    from kcomplex.analyses.run import FINAL
-    from kcomplex.analyses.selection import last_measured
+    from .experiments.run import FINAL
+    from .studies.selection import last_measured
 
     rows = []
     for path in paths:
@@ -151,7 +152,7 @@ def _shown(frame: pd.DataFrame, experiment: Experiment) -> Table:
     from rich import box
     from rich.table import Table
 
-    from kcomplex.pipeline import build_estimator
+    from kcomplex.estimators.pipeline import build_estimator
 
     shown = Table(
         title=f"{experiment.network} ({frame['weights'].iloc[0]:,} weights) on {experiment.data}, "
@@ -173,7 +174,7 @@ def _shown(frame: pd.DataFrame, experiment: Experiment) -> Table:
 
 def _draw(out: Path) -> list[Path]:
     """Write the three figures of the runs and return their paths."""
-    from kcomplex.files import replacing
+    from kcomplex.machine.files import replacing
     from kcomplex.registry import registry
 
     analyses = registry("kcomplex.analyses")
@@ -188,7 +189,7 @@ def _draw(out: Path) -> list[Path]:
 
 
 def _next_steps(out: Path) -> str:
-    from kcomplex.analyses.run import CONFIGURATION, FINAL
+    from .experiments.run import CONFIGURATION, FINAL
 
     runs = out / "runs"
     config = runs / "momos" / CONFIGURATION

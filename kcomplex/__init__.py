@@ -10,13 +10,13 @@ from kcomplex.version import VERSION as __version__
 
 if TYPE_CHECKING:
     from kcomplex import modes as modes
-    from kcomplex.description import Description as Description
-    from kcomplex.description import Descriptions as Descriptions
     from kcomplex.errors import KComplexError as KComplexError
-    from kcomplex.measure import describe as describe
-    from kcomplex.pipeline import build_estimator as build_estimator
-    from kcomplex.stream import decode_checkpoint as decode_checkpoint
-    from kcomplex.stream import encode_checkpoint as encode_checkpoint
+    from kcomplex.estimators.description import Description as Description
+    from kcomplex.estimators.description import Descriptions as Descriptions
+    from kcomplex.estimators.pipeline import build_estimator as build_estimator
+    from kcomplex.measuring.measure import describe as describe
+    from kcomplex.measuring.stream import decode_checkpoint as decode_checkpoint
+    from kcomplex.measuring.stream import encode_checkpoint as encode_checkpoint
     from kcomplex.tracking.frames import load_runs as load_runs
     from kcomplex.tracking.tracker import Tracker as Tracker
     from kcomplex.tracking.tracker import attach as attach
@@ -24,16 +24,16 @@ if TYPE_CHECKING:
     from kcomplex.weights import open_weights as open_weights
 
 _PUBLIC = {
-    "Description": "kcomplex.description",
-    "Descriptions": "kcomplex.description",
+    "Description": "kcomplex.estimators.description",
+    "Descriptions": "kcomplex.estimators.description",
     "KComplexError": "kcomplex.errors",
     "Tracker": "kcomplex.tracking.tracker",
     "Weights": "kcomplex.weights",
     "attach": "kcomplex.tracking.tracker",
-    "decode_checkpoint": "kcomplex.stream",
-    "describe": "kcomplex.measure",
-    "encode_checkpoint": "kcomplex.stream",
-    "build_estimator": "kcomplex.pipeline",
+    "decode_checkpoint": "kcomplex.measuring.stream",
+    "describe": "kcomplex.measuring.measure",
+    "encode_checkpoint": "kcomplex.measuring.stream",
+    "build_estimator": "kcomplex.estimators.pipeline",
     "load_runs": "kcomplex.tracking.frames",
     "open_weights": "kcomplex.weights",
 }

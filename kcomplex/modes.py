@@ -9,18 +9,18 @@ from kcomplex.registry import registry
 
 if TYPE_CHECKING:
     from kcomplex.training.baseline import Baseline as Baseline
-    from kcomplex.training.codeq import CoDeQ as CoDeQ
-    from kcomplex.training.drr import DRR as DRR
-    from kcomplex.training.fpp import FPP as FPP
-    from kcomplex.training.gradual_pruning import GradualPruning as GradualPruning
-    from kcomplex.training.hashed_sharing import HashedSharing as HashedSharing
-    from kcomplex.training.layerwise import Layerwise as Layerwise
-    from kcomplex.training.lottery_ticket import LotteryTicket as LotteryTicket
-    from kcomplex.training.low_rank import LowRank as LowRank
-    from kcomplex.training.momos import MoMos as MoMos
-    from kcomplex.training.pmmp import PMMP as PMMP
-    from kcomplex.training.relaxed_l1 import RelaxedL1 as RelaxedL1
-    from kcomplex.training.uniform_qat import UniformQAT as UniformQAT
+    from kcomplex.training.pruning.drr import DRR as DRR
+    from kcomplex.training.pruning.fpp import FPP as FPP
+    from kcomplex.training.pruning.gradual_pruning import GradualPruning as GradualPruning
+    from kcomplex.training.pruning.layerwise import Layerwise as Layerwise
+    from kcomplex.training.pruning.lottery_ticket import LotteryTicket as LotteryTicket
+    from kcomplex.training.pruning.pmmp import PMMP as PMMP
+    from kcomplex.training.pruning.relaxed_l1 import RelaxedL1 as RelaxedL1
+    from kcomplex.training.quantising.codeq import CoDeQ as CoDeQ
+    from kcomplex.training.quantising.uniform_qat import UniformQAT as UniformQAT
+    from kcomplex.training.sharing.hashed_sharing import HashedSharing as HashedSharing
+    from kcomplex.training.sharing.low_rank import LowRank as LowRank
+    from kcomplex.training.sharing.momos import MoMos as MoMos
 
 
 def __getattr__(name: str) -> Any:

@@ -324,13 +324,13 @@ def open_weights(
     if isinstance(source, Weights):
         weights = source
     elif isinstance(source, torch.nn.Module):
-        from kcomplex.module_weights import module_weights
+        from kcomplex.sources.modules import module_weights
 
         weights = module_weights(source)
     elif isinstance(source, Mapping):
         weights = state_dict_weights(source)
     elif isinstance(source, (str, PathLike)):
-        from kcomplex.formats import open_path
+        from kcomplex.sources.files import open_path
 
         weights = open_path(fspath(source))
     else:

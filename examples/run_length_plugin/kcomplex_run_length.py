@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from kcomplex.errors import SpecError, StreamError
-from kcomplex.estimator import Coder, Shape, Symbols
+from kcomplex.estimators.estimator import Coder, Shape, Symbols
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ def encode(
     jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="threads; the file doesn't depend on it")] = 1,
 ) -> None:
     """Write a checkpoint as a .kcz file that decode gives back."""
-    from kcomplex.container import encode_file
+    from kcomplex.kcz.container import encode_file
     from kcomplex.weights import open_weights
 
     with open_weights(path) as weights, _progress("encoding", weights.nbytes) as (bar, task):
@@ -52,7 +52,7 @@ def decode(
     jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="threads")] = 1,
 ) -> None:
     """Write the tensors of a .kcz file as a safetensors file."""
-    from kcomplex.container import Container, decode_file
+    from kcomplex.kcz.container import Container, decode_file
 
     with Container(path) as container:
         total = len(container.entries)
@@ -68,7 +68,7 @@ def verify(
     jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="threads")] = 1,
 ) -> None:
     """Check every byte of a .kcz file, decode it, and compare it with the original; exit code 1 if they differ."""
-    from kcomplex.container import verify_file
+    from kcomplex.kcz.container import verify_file
 
     error = verify_file(path, original, given=given, jobs=jobs)
     told = "every bit" if error == 0 else f"quantised, mean squared error {error:.6g}"

@@ -16,8 +16,8 @@ from kcomplex.cli.output import GIVEN, OutputFormat, check_figure, errors, outpu
 if TYPE_CHECKING:
     import pandas as pd
 
-    from kcomplex.description import Descriptions
-    from kcomplex.estimator import Estimator
+    from kcomplex.estimators.description import Descriptions
+    from kcomplex.estimators.estimator import Estimator
     from kcomplex.weights import TensorHandle, Weights
 
 
@@ -59,8 +59,8 @@ def describe(
     import pandas as pd
 
     from kcomplex.errors import SpecError
-    from kcomplex.measure import DEFAULT_ESTIMATORS
-    from kcomplex.pipeline import build_estimator
+    from kcomplex.estimators.pipeline import build_estimator
+    from kcomplex.measuring.measure import DEFAULT_ESTIMATORS
     from kcomplex.weights import open_weights
 
     output = output_format(as_json, as_csv)
@@ -106,8 +106,8 @@ def describe(
 def _measure(weights: Weights, wanted: list[Estimator], jobs: int, verify: bool) -> Descriptions:
     from rich.progress import Progress
 
-    from kcomplex.measure import describe as measure
-    from kcomplex.stream import verify as verify_code
+    from kcomplex.measuring.measure import describe as measure
+    from kcomplex.measuring.stream import verify as verify_code
 
     with Progress(console=errors, transient=True, disable=not sys.stderr.isatty()) as bar:
         task = bar.add_task("", total=max(weights.nbytes, 1) * len(wanted))
@@ -156,7 +156,7 @@ def _listing(weights: Weights) -> pd.DataFrame:
 
 
 def _shape(shape: tuple[int, ...] | None) -> str:
-    from kcomplex.description import shape_text
+    from kcomplex.estimators.description import shape_text
 
     return "" if shape is None else shape_text(shape)
 

@@ -49,7 +49,7 @@ def stage_kind(cls: Any) -> str:
         The class is none of these, or can't be built without options.
     """
     from kcomplex.errors import SpecError
-    from kcomplex.estimator import Estimator, Quantiser, Transform
+    from kcomplex.estimators.estimator import Estimator, Quantiser, Transform
 
     if not (isinstance(cls, type) and issubclass(cls, Estimator | Transform | Quantiser)):
         raise SpecError(f"{cls!r} is no estimator, transform or quantiser")

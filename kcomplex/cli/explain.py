@@ -11,8 +11,8 @@ from kcomplex.cli.output import OutputFormat, errors, write_figure, write_frame
 if TYPE_CHECKING:
     import pandas as pd
 
-    from kcomplex.estimator import Estimator
-    from kcomplex.explanation import Explanation
+    from kcomplex.estimators.estimator import Estimator
+    from kcomplex.measuring.explanation import Explanation
     from kcomplex.weights import TensorHandle, Weights
 
 # Tensors that have a row of their own on a terminal.
@@ -25,8 +25,8 @@ def explain_weights(
     """Return an explanation an estimator, with a bar on the standard error; ``verify`` decodes every code."""
     from rich.progress import Progress, TaskID
 
-    from kcomplex.explanation import explain
-    from kcomplex.stream import verify as verify_code
+    from kcomplex.measuring.explanation import explain
+    from kcomplex.measuring.stream import verify as verify_code
 
     with Progress(console=errors, transient=True, disable=not sys.stderr.isatty()) as bar:
         tasks: dict[str, TaskID] = {}
@@ -46,7 +46,7 @@ def explain_weights(
 
 def show_explanation(explanation: Explanation, source: str, every_tensor: bool) -> None:
     """Print two tables: what the bits are spent on, and in which tensors."""
-    from kcomplex.explanation import by_part, by_tensor, fold_short_tensors
+    from kcomplex.measuring.explanation import by_part, by_tensor, fold_short_tensors
 
     description, frame = explanation.description, explanation.to_frame()
     title = f"{source}: {description.estimator} ({description.kind})"

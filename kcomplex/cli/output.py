@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from kcomplex.errors import KComplexError, SpecError
-from kcomplex.files import replacing
+from kcomplex.machine.files import replacing
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -12,7 +12,7 @@ import typer
 
 from kcomplex.cli.output import OutputFormat, errors, output_format, write_frame
 from kcomplex.errors import KComplexError, SpecError
-from kcomplex.step_search import DEFAULT_ESTIMATOR, EVALUATIONS, WITHIN
+from kcomplex.quantising.step_search import DEFAULT_ESTIMATOR, EVALUATIONS, WITHIN
 
 if TYPE_CHECKING:
     import torch
@@ -41,7 +41,7 @@ def quantise(
 
     from rich.progress import Progress, TextColumn
 
-    from kcomplex.quantisation import quantise_file
+    from kcomplex.quantising.quantisation import quantise_file
 
     shown = output_format(as_json, as_csv)
     function = None if evaluate is None else _imported(evaluate)

@@ -9,8 +9,8 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kcomplex.description import shape_text
 from kcomplex.errors import RunError
+from kcomplex.estimators.description import shape_text
 from kcomplex.tracking.columns import DESCRIPTION_COLUMNS, SNAPSHOT_COLUMNS, STATE_COLUMNS
 from kcomplex.tracking.database import DATABASE
 from kcomplex.tracking.store import RunStore

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any, get_args
 
 from kcomplex.errors import SpecError
-from kcomplex.estimator import Estimator
-from kcomplex.pipeline import build_estimator
+from kcomplex.estimators.estimator import Estimator
+from kcomplex.estimators.pipeline import build_estimator
 from kcomplex.tracking.schedule import Schedule, parse_schedule
 from kcomplex.tracking.snapshot import Selection
 from kcomplex.tracking.store import Keep

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from kcomplex.errors import FormatError
-from kcomplex.files import replacing
+from kcomplex.machine.files import replacing
 from kcomplex.weights import (
     DTYPES,
     SkippedTensor,

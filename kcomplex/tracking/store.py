@@ -26,7 +26,7 @@ from kcomplex.tracking.database import (
 from kcomplex.version import VERSION
 
 if TYPE_CHECKING:
-    from kcomplex.description import Description
+    from kcomplex.estimators.description import Description
 
 SNAPSHOTS = "snapshots"
 

@@ -18,8 +18,8 @@ from filelock import FileLock
 from torch import nn
 
 from kcomplex.errors import RunError, SpecError
-from kcomplex.estimator import Estimator
-from kcomplex.given import INITIAL, STAGE
+from kcomplex.estimators.estimator import Estimator
+from kcomplex.estimators.given import INITIAL, STAGE
 from kcomplex.tracking.columns import checked_metrics
 from kcomplex.tracking.differences import differences
 from kcomplex.tracking.lock import lock_run

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from kcomplex.description import Description
-    from kcomplex.estimator import Estimator
+    from kcomplex.estimators.description import Description
+    from kcomplex.estimators.estimator import Estimator
     from kcomplex.tracking.store import RunStore
 
 # Above the training process's own niceness: enough for the training to come first where cores are scarce, and not so
@@ -80,8 +80,8 @@ def _estimator(spec: str, run: Path, initial: str | None) -> Estimator:
     from dataclasses import replace
 
     from kcomplex.errors import RunError
-    from kcomplex.given import INITIAL, GivenCode
-    from kcomplex.pipeline import build_estimator
+    from kcomplex.estimators.given import INITIAL, GivenCode
+    from kcomplex.estimators.pipeline import build_estimator
     from kcomplex.tracking.snapshot import open_snapshot
 
     estimator = build_estimator(spec)

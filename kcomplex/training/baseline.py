@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import nn
 
-from kcomplex.training.mode import Mode
+from kcomplex.training.protocol.mode import Mode
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 
-from kcomplex.analyses import run as running
+from kcomplex.analyses.experiments import run as running
 from kcomplex.tracking.tracker import attach
 
 

@@ -14,10 +14,10 @@ from matplotlib.container import BarContainer
 from matplotlib.figure import Figure
 from torch import nn
 
-from kcomplex.analyses import bits
-from kcomplex.description import SHARED
+from kcomplex.analyses.studies import bits
 from kcomplex.errors import RunError
-from kcomplex.explanation import explain
+from kcomplex.estimators.description import SHARED
+from kcomplex.measuring.explanation import explain
 from kcomplex.tracking.tracker import attach
 from kcomplex.tracking.worker import measure_pending
 

@@ -13,8 +13,8 @@ import typer
 from typer.testing import CliRunner
 
 from kcomplex.analyses import commands, demo
-from kcomplex.analyses.experiment import Experiment, read_experiment
-from kcomplex.analyses.run import CONFIGURATION, FINAL
+from kcomplex.analyses.experiments.experiment import Experiment, read_experiment
+from kcomplex.analyses.experiments.run import CONFIGURATION, FINAL
 from kcomplex.errors import KComplexError, RunError, SpecError, UnknownNameError
 from kcomplex.registry import registry
 

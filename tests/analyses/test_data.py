@@ -20,8 +20,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from kcomplex.analyses import data
-from kcomplex.analyses.idx import read_idx
+from kcomplex.analyses.experiments.data import data
+from kcomplex.analyses.experiments.data.idx import read_idx
 from kcomplex.errors import DataError, SpecError
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"

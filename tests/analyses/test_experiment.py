@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kcomplex.analyses.experiment import Experiment, experiment_from, read_experiment
+from kcomplex.analyses.experiments.experiment import Experiment, experiment_from, read_experiment
 from kcomplex.errors import SourceNotFoundError, SpecError, UnknownNameError
 
 TEXT = st.text(st.characters(exclude_categories=("C", "Z"), exclude_characters="/", include_characters=" "), min_size=1)

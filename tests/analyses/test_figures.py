@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from kcomplex.analyses import accuracy, layers, trajectory
-from kcomplex.analyses.figure import styles
+from kcomplex.analyses.figures.axes import styles
+from kcomplex.analyses.studies import accuracy, layers, trajectory
 from kcomplex.errors import RunError, UnknownNameError
 from kcomplex.registry import registry
 

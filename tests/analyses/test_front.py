@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from kcomplex.analyses.data import load
-from kcomplex.analyses.experiment import Experiment
-from kcomplex.analyses.front import compute, compute_from_runs, measured, plot, upper_hull
-from kcomplex.analyses.networks import network
-from kcomplex.analyses.run import BITS, FINAL, run
-from kcomplex.analyses.training import evaluate
+from kcomplex.analyses.experiments.data.data import load
+from kcomplex.analyses.experiments.experiment import Experiment
+from kcomplex.analyses.experiments.networks.networks import network
+from kcomplex.analyses.experiments.run import BITS, FINAL, run
+from kcomplex.analyses.experiments.training import evaluate
+from kcomplex.analyses.studies.front import compute, compute_from_runs, measured, plot, upper_hull
 from kcomplex.cli.plot import plot as plot_command
 from kcomplex.errors import RunError, SpecError, WeightsError
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import kcomplex
-from kcomplex.analyses.lengths import (
+from kcomplex.analyses.studies.lengths import (
     bitmap_bytes,
     compressed_column_bytes,
     compression_rate,

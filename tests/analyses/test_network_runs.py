@@ -13,19 +13,19 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from kcomplex.analyses import front
-from kcomplex.analyses import run as running
-from kcomplex.analyses.augmentation import crop_and_flip, shift
-from kcomplex.analyses.data import Dataset, Split, load
-from kcomplex.analyses.experiment import Experiment
-from kcomplex.analyses.networks import network
-from kcomplex.analyses.run import FINAL, load_final, run
-from kcomplex.analyses.text import windows
-from kcomplex.analyses.training import Training, evaluate
+from kcomplex.analyses.experiments import run as running
+from kcomplex.analyses.experiments.data.augmentation import crop_and_flip, shift
+from kcomplex.analyses.experiments.data.data import Dataset, Split, load
+from kcomplex.analyses.experiments.data.text import windows
+from kcomplex.analyses.experiments.experiment import Experiment
+from kcomplex.analyses.experiments.networks.networks import network
+from kcomplex.analyses.experiments.run import FINAL, load_final, run
+from kcomplex.analyses.experiments.training import Training, evaluate
+from kcomplex.analyses.studies import front
 from kcomplex.errors import RunError, SpecError
-from kcomplex.measure import describe
-from kcomplex.stream import decode_checkpoint, encode_checkpoint
-from kcomplex.training.batch_norm import reestimate_batch_norm
+from kcomplex.measuring.measure import describe
+from kcomplex.measuring.stream import decode_checkpoint, encode_checkpoint
+from kcomplex.training.protocol.batch_norm import reestimate_batch_norm
 
 NETWORKS = {
     "resnet20:width=2": "digits",

@@ -7,10 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kcomplex.analyses.networks import MLP, NETWORKS, ConvNet, network
-from kcomplex.analyses.residual import ResidualBlock
+from kcomplex.analyses.experiments.networks.networks import MLP, NETWORKS, ConvNet, network
+from kcomplex.analyses.experiments.networks.residual import ResidualBlock
 from kcomplex.errors import SpecError, UnknownNameError
-from kcomplex.training.mode import WEIGHT_LAYERS, chosen_parameters
+from kcomplex.training.protocol.mode import WEIGHT_LAYERS, chosen_parameters
 
 
 def parameters(spec: str, shape: tuple[int, ...], classes: int = 10) -> int:

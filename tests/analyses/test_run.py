@@ -14,13 +14,13 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from kcomplex.analyses.data import load
-from kcomplex.analyses.experiment import Experiment, experiment_from, read_experiment
-from kcomplex.analyses.networks import network
-from kcomplex.analyses.run import CHECKPOINT, CONFIGURATION, FINAL, is_done, run
-from kcomplex.analyses.training import Training
+from kcomplex.analyses.experiments.data.data import load
+from kcomplex.analyses.experiments.experiment import Experiment, experiment_from, read_experiment
+from kcomplex.analyses.experiments.networks.networks import network
+from kcomplex.analyses.experiments.run import CHECKPOINT, CONFIGURATION, FINAL, is_done, run
+from kcomplex.analyses.experiments.training import Training
 from kcomplex.errors import RunError, SpecError
-from kcomplex.measure import describe
+from kcomplex.measuring.measure import describe
 from kcomplex.tracking.frames import load_configurations, load_runs, load_snapshots
 
 SHORT = Experiment(
@@ -326,7 +326,7 @@ def test_batch_norm_is_estimated_anew_where_it_is_asked_for(
         calls.append(sum(len(batch) for batch in batches))
         return 0
 
-    monkeypatch.setattr("kcomplex.analyses.training.reestimate_batch_norm", remember)
+    monkeypatch.setattr("kcomplex.analyses.experiments.training.reestimate_batch_norm", remember)
     run(dataclasses.replace(SHORT, mode="momos:capacity=0.2", reestimate_batch_norm=wanted), tmp_path)
     # After each of three epochs, and after pruning.
     assert calls == [len(load("digits").train)] * times

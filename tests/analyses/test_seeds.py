@@ -11,10 +11,10 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from kcomplex.analyses.experiment import Experiment
-from kcomplex.analyses.front import measured
-from kcomplex.analyses.run import BITS, run
-from kcomplex.analyses.seeds import compute, compute_from_runs
+from kcomplex.analyses.experiments.experiment import Experiment
+from kcomplex.analyses.experiments.run import BITS, run
+from kcomplex.analyses.studies.front import measured
+from kcomplex.analyses.studies.seeds import compute, compute_from_runs
 from kcomplex.cli.plot import plot as plot_command
 from kcomplex.errors import SpecError
 

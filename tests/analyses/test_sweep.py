@@ -12,11 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kcomplex.analyses.experiment import Experiment
-from kcomplex.analyses.networks import network
-from kcomplex.analyses.sweep import expand, read_sweep
+from kcomplex.analyses.experiments.experiment import Experiment
+from kcomplex.analyses.experiments.networks.networks import network
+from kcomplex.analyses.experiments.sweep import expand, read_sweep
 from kcomplex.errors import SpecError
-from kcomplex.training.mode import mode
+from kcomplex.training.protocol.mode import mode
 
 SWEEPS = Path(__file__).parents[2] / "analyses" / "sweeps"
 
@@ -99,7 +99,7 @@ def test_what_makes_no_sense_is_refused(tables: dict[str, Any], message: str) ->
 
 
 def test_the_documented_file_is_read(tmp_path: Path) -> None:
-    from kcomplex.analyses import sweep
+    from kcomplex.analyses.experiments import sweep
 
     text = (sweep.__doc__ or "").partition("::")[2]
     path = tmp_path / "sweep.toml"

@@ -26,8 +26,8 @@ from peers import FLOATS_ONLY, INTEGERS_ONLY, PEERS
 from tensors import FLOAT_SETS, FOLDER, INTEGER_SETS, SETS, tensor_set
 
 from kcomplex.errors import SpecError, UnknownNameError
-from kcomplex.files import replacing
-from kcomplex.pipeline import build_estimator
+from kcomplex.estimators.pipeline import build_estimator
+from kcomplex.machine.files import replacing
 
 OURS = ("entropy", "context", "mix", "lin")
 RESULTS = FOLDER / "coding.csv"

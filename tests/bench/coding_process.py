@@ -39,7 +39,7 @@ class Ours:
         """Return the stream."""
         import torch
 
-        from kcomplex.stream import encode_checkpoint
+        from kcomplex.measuring.stream import encode_checkpoint
 
         tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
         bfloat16 = {
@@ -51,7 +51,7 @@ class Ours:
         """Return the arrays by name."""
         import torch
 
-        from kcomplex.stream import decode_checkpoint
+        from kcomplex.measuring.stream import decode_checkpoint
 
         tensors = decode_checkpoint(stream)
         bfloat16 = {

@@ -46,7 +46,7 @@ def main() -> None:
     print("| set | code | rank 0 | low rank | of which factors |\n|---|---|--:|--:|--:|")
     for name in chosen.sets:
         for spec in chosen.codes:
-            with mock.patch("kcomplex.compressors.difference_stream.directions", return_value=None):
+            with mock.patch("kcomplex.compressors.mix.differences.directions", return_value=None):
                 plain, _ = measure(name, spec)
             found, factors = measure(name, spec)
             print(f"| {name} | {spec} | {plain:.3f} | {found:.3f} | {factors:.3f} |", flush=True)

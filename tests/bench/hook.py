@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.table import Table
 
 import kcomplex as kc
-from kcomplex.analyses.data import load
-from kcomplex.training.mode import mode
+from kcomplex.analyses.experiments.data.data import load
+from kcomplex.training.protocol.mode import mode
 
 EPOCHS = 40
 BATCH = 32

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from kcomplex.motifs import blocks_of, draw_motifs
-from kcomplex.nearest import nearest, squared_distances
+from kcomplex.motifs.blocks import blocks_of, draw_motifs
+from kcomplex.motifs.nearest import nearest, squared_distances
 
 SAMPLE = 2000
 

@@ -22,7 +22,7 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import nn
 
-from kcomplex.files import replacing
+from kcomplex.machine.files import replacing
 
 FOLDER = Path(__file__).resolve().parents[2] / "build" / "bench"
 # Sums are rounded otherwise with another number of threads, which trains another network.

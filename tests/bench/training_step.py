@@ -15,9 +15,9 @@ from coding_process import watched_peak
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from kcomplex.analyses.networks import network
-from kcomplex.training.dead_zone import quantile_and_maximum
-from kcomplex.training.mode import mode
+from kcomplex.analyses.experiments.networks.networks import network
+from kcomplex.training.protocol.mode import mode
+from kcomplex.training.quantising.dead_zone import quantile_and_maximum
 
 BATCH = 32
 STEPS = 20

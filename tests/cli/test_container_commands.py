@@ -11,8 +11,8 @@ import pytest
 import safetensors.torch
 import torch
 
-from kcomplex.container import encode_file
-from kcomplex.estimator import Coder
+from kcomplex.estimators.estimator import Coder
+from kcomplex.kcz.container import encode_file
 from kcomplex.registry import registry
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]

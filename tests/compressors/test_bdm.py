@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kcomplex import describe
-from kcomplex.compressors.bdm import complexity_table, count_strings
+from kcomplex.compressors.proxies.bdm import complexity_table, count_strings
 from kcomplex.errors import WeightsError
 
 GOLDEN = Path(__file__).parents[3] / "shared" / "golden" / "bdm_ctm_b2_d12.npz"
@@ -85,7 +85,7 @@ def test_pieces_of_any_length_give_the_same(monkeypatch):
     tensors = {"a": torch.randn(1001), "b": torch.randn(77)}
     whole = bdm(tensors)
     for block in (1, 5, 12, 100):
-        monkeypatch.setattr("kcomplex.compressors.blocks.BLOCK", block)
+        monkeypatch.setattr("kcomplex.compressors.proxies.segments.BLOCK", block)
         assert bdm(tensors).value == whole.value
 
 

@@ -7,12 +7,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kcomplex.compressors.best import _MEMBERS, _TIERS, Best
-from kcomplex.compressors.race import View
-from kcomplex.container import Container, encode_file
+from kcomplex.compressors.best.best import _MEMBERS, _TIERS, Best
+from kcomplex.compressors.best.race import View
 from kcomplex.errors import StreamError
-from kcomplex.pipeline import build_estimator
-from kcomplex.stream import decode_checkpoint, encode_checkpoint
+from kcomplex.estimators.pipeline import build_estimator
+from kcomplex.kcz.container import Container, encode_file
+from kcomplex.measuring.stream import decode_checkpoint, encode_checkpoint
 from kcomplex.weights import open_weights, words_of
 
 

@@ -10,15 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from kcomplex.compressors.brotli import Brotli
-from kcomplex.compressors.lempel_ziv_markov import Lzma
-from kcomplex.compressors.palette import Palette
-from kcomplex.compressors.planes import Planes
-from kcomplex.compressors.standard import Bz2, Zlib
-from kcomplex.compressors.zstandard import Zstd
+from kcomplex.compressors.general.brotli import Brotli
+from kcomplex.compressors.general.lempel_ziv_markov import Lzma
+from kcomplex.compressors.general.standard import Bz2, Zlib
+from kcomplex.compressors.general.zstandard import Zstd
+from kcomplex.compressors.transforms.palette import Palette
+from kcomplex.compressors.transforms.planes import Planes
 from kcomplex.errors import SpecError, StreamError
-from kcomplex.estimator import Coder
-from kcomplex.pipeline import build_estimator
+from kcomplex.estimators.estimator import Coder
+from kcomplex.estimators.pipeline import build_estimator
 
 CODERS = [
     "raw",

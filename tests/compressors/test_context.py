@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import kcomplex as kc
-from kcomplex.compressors.context import Context
-from kcomplex.compressors.context_model import SETTINGS, code_matrix, room
-from kcomplex.compressors.entropy import Entropy
-from kcomplex.compressors.magnitude_tokens import MOST_MAGNITUDE, join_tokens, split_tokens
+from kcomplex.compressors.context.context import Context
+from kcomplex.compressors.context.magnitude_tokens import MOST_MAGNITUDE, join_tokens, split_tokens
+from kcomplex.compressors.context.model import SETTINGS, code_matrix, room
+from kcomplex.compressors.entropy.entropy import Entropy
 from kcomplex.errors import StreamError
 
 DTYPES = [np.dtype(kind + str(size)) for kind in "iu" for size in (1, 2, 4, 8)]

@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kcomplex as kc
-from kcomplex.compressors.float_stream import FORMATS, octave_and_powers
-from kcomplex.compressors.line import Line, read_line
-from kcomplex.compressors.mix_differences import nearest, number
-from kcomplex.compressors.mix_floats import Fields
+from kcomplex.compressors.mix.difference_rows import nearest, number
+from kcomplex.compressors.mix.float_rows import Fields
+from kcomplex.compressors.mix.floats import FORMATS, octave_and_powers
+from kcomplex.compressors.mix.line import Line, read_line
 from kcomplex.errors import KComplexError, SpecError, StreamError
-from kcomplex.structure import Reader
+from kcomplex.estimators.structure import Reader
 from kcomplex.weights import DTYPES, open_weights, tensor_from_words, word_dtype, words_an_element, words_of
 
 SPECS = ["mix", "lin", "palette|lin", "uniform:bits=5|lin", "uniform:bits=4,per_row=True|mix", "mosaic:s=2|lin"]
@@ -154,7 +154,7 @@ def test_pruned_entries_are_told_by_a_flag() -> None:
 
 def test_what_updates_share_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """By the linear prediction alone, without low-rank parts, which find it, too."""
-    monkeypatch.setattr("kcomplex.compressors.difference_stream.directions", lambda matrix, floor: None)
+    monkeypatch.setattr("kcomplex.compressors.mix.differences.directions", lambda matrix, floor: None)
     old = gaussian(512, 64, scale=0.05)
     new = old + update(512, 64, 4, 0.01)
     assert bits(new, "lin", old) < bits(new, "mix", old) - 2.0 * new.numel()
@@ -214,7 +214,7 @@ def test_wild_values_do_not_spoil_the_rest() -> None:
 
 
 def test_long_tensors_are_coded_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kcomplex.estimator.CHUNK_WORDS", 500)
+    monkeypatch.setattr("kcomplex.estimators.estimator.CHUNK_WORDS", 500)
     old = gaussian(50, 40)
     for new in (old + 1e-3 * gaussian(50, 40, seed=1), (old * 4).round() / 4, (old * 20).to(torch.int8)):
         assert bits(new, "lin", old) < 0.9 * bits(new, "lin")

@@ -9,11 +9,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from kcomplex.compressors.alphabet import alphabet, decode_alphabet, encode_alphabet, positions
-from kcomplex.compressors.counts import decode_counts, encode_counts
-from kcomplex.compressors.entropy import Entropy, PluginEntropy
-from kcomplex.compressors.packing import bits_needed, pack, packed_size, unpack
-from kcomplex.compressors.universal import decode_integers, encode_integers
+from kcomplex.compressors.entropy.counts import decode_counts, encode_counts
+from kcomplex.compressors.entropy.entropy import Entropy, PluginEntropy
+from kcomplex.compressors.entropy.packing import bits_needed, pack, packed_size, unpack
+from kcomplex.compressors.tables.alphabet import alphabet, decode_alphabet, encode_alphabet, positions
+from kcomplex.compressors.tables.universal import decode_integers, encode_integers
 from kcomplex.errors import SpecError, StreamError
 
 CODERS = [Entropy("range"), Entropy("ans")]

@@ -7,11 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from kcomplex.compressors.grid import Grid
-from kcomplex.compressors.trellis import NEXT_STATE, STATES, multiples_of
+from kcomplex.compressors.quantisers.grid import Grid
+from kcomplex.compressors.quantisers.trellis import NEXT_STATE, STATES, multiples_of
 from kcomplex.errors import StreamError
-from kcomplex.estimator import Quantised
-from kcomplex.measure import describe
+from kcomplex.estimators.estimator import Quantised
+from kcomplex.measuring.measure import describe
 
 values_and_steps = st.tuples(
     hnp.arrays(

@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kcomplex as kc
-from kcomplex.compressors.lattice import decode_lattice, encode_lattice
-from kcomplex.compressors.palette import Palette
+from kcomplex.compressors.transforms.lattice import decode_lattice, encode_lattice
+from kcomplex.compressors.transforms.palette import Palette
 from kcomplex.errors import StreamError
-from kcomplex.training.uniform_qat import quantise_uniformly
+from kcomplex.training.quantising.uniform_qat import quantise_uniformly
 
 FORMATS = {np.dtype("u4"): np.float32, np.dtype("u8"): np.float64}
 

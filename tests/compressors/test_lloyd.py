@@ -7,12 +7,12 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from kcomplex.compressors.lloyd import Lloyd
+from kcomplex.compressors.quantisers.lloyd import Lloyd
 from kcomplex.errors import SpecError, StreamError
-from kcomplex.estimator import Quantised
-from kcomplex.measure import describe
-from kcomplex.pipeline import build_estimator
-from kcomplex.stream import decode_checkpoint, encode_checkpoint, verify
+from kcomplex.estimators.estimator import Quantised
+from kcomplex.estimators.pipeline import build_estimator
+from kcomplex.measuring.measure import describe
+from kcomplex.measuring.stream import decode_checkpoint, encode_checkpoint, verify
 from kcomplex.weights import open_weights
 
 

@@ -14,11 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kcomplex as kc
-from kcomplex.compressors.difference_stream import new_difference_memory
-from kcomplex.compressors.low_rank import MOST_RANK, STEP, Directions, LowRank, directions, read_low_rank
-from kcomplex.compressors.mix_matrix import zigzag
+from kcomplex.compressors.mix.differences import new_difference_memory
+from kcomplex.compressors.mix.low_rank import MOST_RANK, STEP, Directions, LowRank, directions, read_low_rank
+from kcomplex.compressors.mix.matrix import zigzag
 from kcomplex.errors import StreamError
-from kcomplex.structure import Reader, varint
+from kcomplex.estimators.structure import Reader, varint
 from kcomplex.weights import open_weights, tensor_from_words, word_dtype, words_of
 
 LOW_RANK = 128
@@ -50,7 +50,7 @@ def parts(tensor: torch.Tensor, base: torch.Tensor, spec: str) -> dict[str, floa
 def without(monkeypatch: pytest.MonkeyPatch, tensor: torch.Tensor, base: torch.Tensor, spec: str) -> float:
     """Bits of the stream of rank 0."""
     with monkeypatch.context() as patched:
-        patched.setattr("kcomplex.compressors.difference_stream.directions", lambda matrix, floor: None)
+        patched.setattr("kcomplex.compressors.mix.differences.directions", lambda matrix, floor: None)
         found = parts(tensor, base, spec)
     assert "low rank" not in found
     return sum(found.values())
@@ -111,8 +111,8 @@ def test_a_part_that_does_not_pay_is_left_out() -> None:
     plain = kc.encode_checkpoint(new, "lin", given=base)
     with pytest.MonkeyPatch.context() as patched:
         # Noise is tried, and found to cost more.
-        patched.setattr("kcomplex.compressors.low_rank._LEAST_GAIN", -9.0)
-        patched.setattr("kcomplex.compressors.low_rank._LEAST_BITS", 0.0)
+        patched.setattr("kcomplex.compressors.mix.low_rank._LEAST_GAIN", -9.0)
+        patched.setattr("kcomplex.compressors.mix.low_rank._LEAST_BITS", 0.0)
         assert kc.encode_checkpoint(new, "lin", given=base) == plain
 
 

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import kcomplex as kc
-from kcomplex.compressors.binary_coder import (
+from kcomplex.compressors.entropy.entropy import Entropy
+from kcomplex.compressors.mix.binary_coder import (
     as_bytes,
     code_bit,
     finish_decoding,
@@ -19,10 +20,9 @@ from kcomplex.compressors.binary_coder import (
     start_decoding,
     start_encoding,
 )
-from kcomplex.compressors.entropy import Entropy
-from kcomplex.compressors.linear_prediction import Covariance, factor_in_place, windows
-from kcomplex.compressors.logistic import exponential, logarithm, tables
-from kcomplex.compressors.mix import Lin, Mix
+from kcomplex.compressors.mix.linear_prediction import Covariance, factor_in_place, windows
+from kcomplex.compressors.mix.mix import Lin, Mix
+from kcomplex.compressors.tables.logistic import exponential, logarithm, tables
 from kcomplex.errors import StreamError
 
 DTYPES = [np.dtype(kind + str(size)) for kind in "iu" for size in (1, 2, 4, 8)]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import kcomplex as kc
-from kcomplex.compressors.binary_coder import (
+from kcomplex.compressors.mix.binary_coder import (
     as_bytes,
     code_bit,
     code_evenly,
@@ -135,7 +135,7 @@ def test_bits_are_shared_out_among_fields():
 
 @pytest.mark.parametrize("data", [b"", b"\0", b"\0\0", b"\0\x20\0\0", b"\0\0\x05\0", b"\0\0\0\xff\xff\x7f", b"\x09"])
 def test_streams_that_are_none_are_refused(data):
-    from kcomplex.compressors.mix import Mix
+    from kcomplex.compressors.mix.mix import Mix
 
     with pytest.raises(StreamError):
         Mix().fresh().decode_tensor(data, torch.float32, (8, 8), b"")

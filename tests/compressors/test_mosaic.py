@@ -13,18 +13,17 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from threadpoolctl import threadpool_info, threadpool_limits
 
-from kcomplex import nearest
-from kcomplex.compressors import repeated_blocks
-from kcomplex.compressors.block_labels import block_keys, label_keys
-from kcomplex.compressors.codebook import narrow, pack_codebook, sorted_rows, unpack_codebook, widen
-from kcomplex.compressors.mosaic import Mosaic
+from kcomplex.compressors.mosaic.mosaic import Mosaic, repeated_blocks
+from kcomplex.compressors.tables.block_labels import block_keys, label_keys
+from kcomplex.compressors.tables.codebook import narrow, pack_codebook, sorted_rows, unpack_codebook, widen
 from kcomplex.errors import SpecError, StreamError, WeightsError
-from kcomplex.estimator import Quantised
-from kcomplex.measure import describe
-from kcomplex.motifs import blocks_of
-from kcomplex.pipeline import build_estimator
-from kcomplex.stream import decode_checkpoint, encode_checkpoint, verify
-from kcomplex.structure import Reader, varint
+from kcomplex.estimators.estimator import Quantised
+from kcomplex.estimators.pipeline import build_estimator
+from kcomplex.estimators.structure import Reader, varint
+from kcomplex.measuring.measure import describe
+from kcomplex.measuring.stream import decode_checkpoint, encode_checkpoint, verify
+from kcomplex.motifs import nearest
+from kcomplex.motifs.blocks import blocks_of
 from kcomplex.weights import open_weights, words_of
 
 FLOATS = [

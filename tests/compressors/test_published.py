@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from kcomplex import describe
-from kcomplex.compressors.published import Published, relative_algorithmic_compression
+from kcomplex.compressors.proxies.published import Published, relative_algorithmic_compression
 from kcomplex.errors import SpecError
 
 GOLDEN = Path(__file__).parents[3] / "shared" / "golden" / "rac_cases.npz"
@@ -35,7 +35,7 @@ def network():
 @pytest.mark.parametrize("binarised", [False, True])
 @pytest.mark.parametrize("block", [100, 1 << 20])
 def test_is_raw_over_compressed_bytes_of_the_concatenation(metric, binarised, block, monkeypatch):
-    monkeypatch.setattr("kcomplex.compressors.blocks.BLOCK", block)
+    monkeypatch.setattr("kcomplex.compressors.proxies.segments.BLOCK", block)
     tensors = network()
     vectors = [tensors[name].reshape(-1).to(torch.float32).numpy() for name in sorted(tensors)]
 

@@ -5,15 +5,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from kcomplex.compressors.deadzone import DeadZone
-from kcomplex.compressors.grid import Grid
-from kcomplex.compressors.sign import Sign
-from kcomplex.compressors.uniform import Uniform
+from kcomplex.compressors.quantisers.deadzone import DeadZone
+from kcomplex.compressors.quantisers.grid import Grid
+from kcomplex.compressors.quantisers.sign import Sign
+from kcomplex.compressors.quantisers.uniform import Uniform
 from kcomplex.errors import SpecError, StreamError, WeightsError
-from kcomplex.estimator import Quantised, Quantiser
-from kcomplex.measure import describe
-from kcomplex.pipeline import build_estimator
-from kcomplex.stream import decode_checkpoint, encode_checkpoint, verify
+from kcomplex.estimators.estimator import Quantised, Quantiser
+from kcomplex.estimators.pipeline import build_estimator
+from kcomplex.measuring.measure import describe
+from kcomplex.measuring.stream import decode_checkpoint, encode_checkpoint, verify
 from kcomplex.weights import values_of, words_of
 
 FLOATS = [

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kcomplex.compressors.race import Entrant, View, _counted, _places, promising
-from kcomplex.pipeline import build_estimator
+from kcomplex.compressors.best.race import Entrant, View, _counted, _places, promising
+from kcomplex.estimators.pipeline import build_estimator
 from kcomplex.weights import open_weights
 
 

@@ -12,16 +12,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kcomplex import pipeline
-from kcomplex.description import Descriptions
 from kcomplex.errors import KComplexError, PluginError
-from kcomplex.estimator import Code, Estimator, Quantiser, Transform
-from kcomplex.floor import tensor_floor
-from kcomplex.pipeline import build_estimator
+from kcomplex.estimators import pipeline
+from kcomplex.estimators.description import Descriptions
+from kcomplex.estimators.estimator import Code, Estimator, Quantiser, Transform
+from kcomplex.estimators.pipeline import build_estimator
+from kcomplex.estimators.spec import build, spec_of, split_stages
+from kcomplex.measuring.floor import tensor_floor
+from kcomplex.measuring.shuffling import shuffled_weights
+from kcomplex.measuring.stream import decode_checkpoint, encode_checkpoint, verify
 from kcomplex.registry import registry
-from kcomplex.shuffling import shuffled_weights
-from kcomplex.spec import build, spec_of, split_stages
-from kcomplex.stream import decode_checkpoint, encode_checkpoint, verify
 from kcomplex.weights import DTYPES, Weights, open_weights, words_of
 
 GROUP = "kcomplex.estimators"
@@ -320,7 +320,7 @@ def test_a_lossless_code_gives_back_every_dtype(spec):
 
 @pytest.mark.parametrize("spec", codes())
 def test_long_tensors_are_coded_in_chunks(spec, monkeypatch):
-    monkeypatch.setattr("kcomplex.estimator.CHUNK_WORDS", 50)
+    monkeypatch.setattr("kcomplex.estimators.estimator.CHUNK_WORDS", 50)
     tensors = network()
     description = build_estimator(spec).describe(open_weights(tensors))
     verify(tensors, description)
@@ -395,7 +395,7 @@ def below_order_0(weights: Weights, spec: str) -> float:
     The bound is the logarithm of the number of orders that a tensor's words can stand in, not their number times their
     empirical entropy: that is a few bits more than what a code of the same counts needs for one given tensor. Among
     shuffled tensors each order is as likely, and a code has too few short streams for all of them; see
-    `kcomplex.floor.arrangement_bits`. A tensor's own bits are all of its stream, since any byte of it may tell
+    `floor.arrangement_bits`. A tensor's own bits are all of its stream, since any byte of it may tell
     something; all together are payload and tables, and the structure without names, shapes and dtypes.
     """
     description = build_estimator(spec).describe(weights)

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
 from kcomplex.errors import WeightsError
-from kcomplex.measure import describe
+from kcomplex.measuring.measure import describe
 from kcomplex.weights import (
     DTYPES,
     TensorHandle,
@@ -373,7 +373,7 @@ def test_a_source_of_another_kind_is_refused() -> None:
 
 
 def test_a_tied_weight_under_one_parametrisation_counts_once() -> None:
-    from kcomplex.training.mode import mode
+    from kcomplex.training.protocol.mode import mode
 
     model = nn.ModuleDict({"embedding": nn.Embedding(20, 8), "head": nn.Linear(8, 20, bias=False)})
     model["head"].weight = model["embedding"].weight

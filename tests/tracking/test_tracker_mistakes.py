@@ -8,7 +8,7 @@ from typing import ClassVar
 import pytest
 import torch
 
-from kcomplex.compressors.raw import Raw
+from kcomplex.compressors.general.raw import Raw
 from kcomplex.errors import RunError, UnknownNameError
 from kcomplex.tracking.frames import load_events, load_runs, load_tensors
 from kcomplex.tracking.store import RunStore

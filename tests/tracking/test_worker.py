@@ -136,7 +136,7 @@ def test_an_estimator_that_isnt_installed_any_more_is_an_event(track):
 
 
 def test_a_description_that_the_store_cannot_hold_is_an_event(track, monkeypatch):
-    from kcomplex.compressors.zstandard import Zstd
+    from kcomplex.compressors.general.zstandard import Zstd
 
     tracker = track(estimators=["zstd"])
     tracker.close()

@@ -11,13 +11,13 @@ from torch.nn.functional import cross_entropy
 
 import kcomplex as kc
 from kcomplex.errors import SpecError
-from kcomplex.training.batch_norm import reestimate_batch_norm
-from kcomplex.training.gradual_pruning import GradualPruning
-from kcomplex.training.hashed_sharing import HashedSharing
-from kcomplex.training.lottery_ticket import LotteryTicket
-from kcomplex.training.low_rank import LowRank
-from kcomplex.training.mode import Mode, mode
-from kcomplex.training.momos import MoMos
+from kcomplex.training.protocol.batch_norm import reestimate_batch_norm
+from kcomplex.training.protocol.mode import Mode, mode
+from kcomplex.training.pruning.gradual_pruning import GradualPruning
+from kcomplex.training.pruning.lottery_ticket import LotteryTicket
+from kcomplex.training.sharing.hashed_sharing import HashedSharing
+from kcomplex.training.sharing.low_rank import LowRank
+from kcomplex.training.sharing.momos import MoMos
 
 INPUTS = torch.randn(32, 1, 6, 6, generator=torch.Generator().manual_seed(1))
 LABELS = INPUTS[:, 0, :, :2].mean((1, 2)).argsort().argsort() * 3 // 32

@@ -10,9 +10,9 @@ from hypothesis.extra import numpy as hnp
 from torch import nn
 
 from kcomplex.errors import SpecError
-from kcomplex.training import dead_zone
-from kcomplex.training.codeq import CoDeQ
-from kcomplex.training.dead_zone import DeadZoneQuantiser, Scheme, quantile_and_maximum
+from kcomplex.training.quantising import dead_zone
+from kcomplex.training.quantising.codeq import CoDeQ
+from kcomplex.training.quantising.dead_zone import DeadZoneQuantiser, Scheme, quantile_and_maximum
 
 GOLDEN = Path(__file__).resolve().parents[3] / "shared" / "golden"
 CPU = torch.device("cpu")

@@ -8,10 +8,10 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from kcomplex.errors import FormatError, SourceNotFoundError, SpecError, WeightsError
-from kcomplex.training.bit_operations import bit_operations, weight_bits
-from kcomplex.training.codeq import CoDeQ
-from kcomplex.training.integers import load_integers, read_integers, save_integers
-from kcomplex.training.mode import mode
+from kcomplex.training.protocol.mode import mode
+from kcomplex.training.quantising.bit_operations import bit_operations, weight_bits
+from kcomplex.training.quantising.codeq import CoDeQ
+from kcomplex.training.quantising.integers import load_integers, read_integers, save_integers
 
 OPTIMIZERS = {"adamw": (torch.optim.AdamW, 3e-3), "sgd": (torch.optim.SGD, 3e-2)}
 

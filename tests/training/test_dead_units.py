@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 from kcomplex.errors import SpecError
-from kcomplex.training.chain import links_of
-from kcomplex.training.dead_units import remove_dead_units
-from kcomplex.training.drr import DRR
-from kcomplex.training.random_gradients import without_gradient
-from kcomplex.training.reachability import unreachable
+from kcomplex.training.pruning.drr import DRR
+from kcomplex.training.shrinking.chain import links_of
+from kcomplex.training.shrinking.dead_units import remove_dead_units
+from kcomplex.training.shrinking.random_gradients import without_gradient
+from kcomplex.training.shrinking.reachability import unreachable
 
 
 def golden() -> nn.Sequential:

@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from kcomplex.errors import SpecError
-from kcomplex.training import layerwise
-from kcomplex.training.layerwise import Layerwise, expected_objective, probabilities
+from kcomplex.training.pruning import layerwise
+from kcomplex.training.pruning.layerwise import Layerwise, expected_objective, probabilities
 
 FORMS = ["projected", "sigmoid"]
 

@@ -10,16 +10,16 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from kcomplex import motif_selection
 from kcomplex.errors import FormatError, SourceNotFoundError, SpecError
-from kcomplex.motif_selection import SELECTIONS, select_motifs
-from kcomplex.motifs import blocks_of
-from kcomplex.nearest import nearest, squared_distances
-from kcomplex.training.codeq import CoDeQ
-from kcomplex.training.mode import mode
-from kcomplex.training.momos import MoMos
-from kcomplex.training.mosaic_file import load_mosaics, save_mosaics
-from kcomplex.training.uniform_qat import UniformQAT
+from kcomplex.motifs import selection as motif_selection
+from kcomplex.motifs.blocks import blocks_of
+from kcomplex.motifs.nearest import nearest, squared_distances
+from kcomplex.motifs.selection import SELECTIONS, select_motifs
+from kcomplex.training.protocol.mode import mode
+from kcomplex.training.quantising.codeq import CoDeQ
+from kcomplex.training.quantising.uniform_qat import UniformQAT
+from kcomplex.training.sharing.momos import MoMos
+from kcomplex.training.sharing.mosaic_file import load_mosaics, save_mosaics
 
 CONFIGURATIONS = {
     "plain": {},

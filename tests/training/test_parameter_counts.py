@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from kcomplex.training.mode import WEIGHT_LAYERS, chosen_parameters
+from kcomplex.training.protocol.mode import WEIGHT_LAYERS, chosen_parameters
 
 
 def convolution(before: int, after: int, kernel: int) -> list[nn.Module]:

@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from kcomplex.errors import SpecError
-from kcomplex.training.fpp import FPP
-from kcomplex.training.pmmp import PMMP
+from kcomplex.training.pruning.fpp import FPP
+from kcomplex.training.pruning.pmmp import PMMP
 
 
 def single(values: list[float]) -> nn.Linear:

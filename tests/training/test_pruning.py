@@ -8,13 +8,13 @@ import torch
 from torch import nn
 
 from kcomplex.errors import SpecError, WeightsError
-from kcomplex.training.drr import DRR
-from kcomplex.training.fpp import FPP
-from kcomplex.training.layerwise import Layerwise
-from kcomplex.training.mode import Mode, mode
-from kcomplex.training.pmmp import PMMP
-from kcomplex.training.pruning import Pruning
-from kcomplex.training.relaxed_l1 import RelaxedL1
+from kcomplex.training.protocol.mode import Mode, mode
+from kcomplex.training.pruning.drr import DRR
+from kcomplex.training.pruning.fpp import FPP
+from kcomplex.training.pruning.layerwise import Layerwise
+from kcomplex.training.pruning.pmmp import PMMP
+from kcomplex.training.pruning.pruning import Pruning
+from kcomplex.training.pruning.relaxed_l1 import RelaxedL1
 
 PRUNING: list[type[Pruning]] = [PMMP, FPP, DRR, RelaxedL1]
 every_mode = pytest.mark.parametrize("kind", PRUNING, ids=lambda kind: kind.name)

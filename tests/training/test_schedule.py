@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kcomplex.errors import SpecError
-from kcomplex.training.schedule import Course, Phase, Schedule, saturated
+from kcomplex.training.protocol.schedule import Course, Phase, Schedule, saturated
 
 
 def test_a_falling_sequence_is_not_saturated_a_flat_or_rising_one_is():

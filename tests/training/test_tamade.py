@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kcomplex.errors import SpecError, WeightsError
-from kcomplex.training.tamade import largest_threshold, prune, prune_tolerably
+from kcomplex.training.pruning.tamade import largest_threshold, prune, prune_tolerably
 
 THETA = (0.05, -0.1, 0.23, -0.4, 0.7)
 

@@ -9,7 +9,7 @@ from hypothesis.extra import numpy as hnp
 from torch import nn
 
 from kcomplex.errors import SpecError
-from kcomplex.training.uniform_qat import UniformQAT, quantise_uniformly
+from kcomplex.training.quantising.uniform_qat import UniformQAT, quantise_uniformly
 
 GOLDEN = Path(__file__).resolve().parents[3] / "shared" / "golden"
 

@@ -10,16 +10,16 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from kcomplex.errors import SpecError
-from kcomplex.training.codeq import CoDeQ
-from kcomplex.training.drr import DRR
-from kcomplex.training.fpp import FPP
-from kcomplex.training.layerwise import Layerwise
-from kcomplex.training.mode import Mode, chosen_parameters, mode
-from kcomplex.training.momos import MoMos
-from kcomplex.training.pmmp import PMMP
-from kcomplex.training.pruning import Pruning
-from kcomplex.training.relaxed_l1 import RelaxedL1
-from kcomplex.training.uniform_qat import UniformQAT
+from kcomplex.training.protocol.mode import Mode, chosen_parameters, mode
+from kcomplex.training.pruning.drr import DRR
+from kcomplex.training.pruning.fpp import FPP
+from kcomplex.training.pruning.layerwise import Layerwise
+from kcomplex.training.pruning.pmmp import PMMP
+from kcomplex.training.pruning.pruning import Pruning
+from kcomplex.training.pruning.relaxed_l1 import RelaxedL1
+from kcomplex.training.quantising.codeq import CoDeQ
+from kcomplex.training.quantising.uniform_qat import UniformQAT
+from kcomplex.training.sharing.momos import MoMos
 from kcomplex.weights import open_weights, words_of
 
 INPUTS = torch.randn(32, 1, 6, 6, generator=torch.Generator().manual_seed(1))

@@ -1,0 +1,1 @@
+"""Experiments: data, network, mode and seed become a run."""

@@ -1,0 +1,1 @@
+"""Small networks by specification string."""

@@ -1,0 +1,1 @@
+"""The shortest of several codes for every tensor."""

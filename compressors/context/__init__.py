@@ -1,0 +1,1 @@
+"""The fast tight code: adaptive counts in bins of row and column scale."""

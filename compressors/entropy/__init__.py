@@ -1,0 +1,1 @@
+"""Zero-order entropy: each symbol by how often it occurs."""

@@ -1,0 +1,1 @@
+"""The tight codes: every binary decision by mixed predictions, around linear ones."""

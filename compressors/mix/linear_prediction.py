@@ -1,0 +1,232 @@
+"""Linear prediction of a matrix's entries from the entries to their left, learned from the rows that are already coded.
+
+The covariance of the columns is estimated from the rows before a block of rows (and from earlier matrices of the same
+width, which often read from or write into the same residual stream), shrunk towards its diagonal, and factored,
+``A = L L'``: the expected value of an entry given those to its left is a row of L times the innovations so far.
+
+A decoder must repeat every bit of this. Rows hold multiples of 1/16, so that sums of their products are exact in
+float64 whatever the order in which a library adds them up; the factorisation is our own, in a fixed order. Only the
+search for the best shrinkage uses LAPACK; its outcome is a part of the stream.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.linalg import LinAlgError, cholesky, solve_triangular
+
+from kcomplex.machine.blas_threads import one_blas_thread
+from kcomplex.machine.compiled import compiled
+
+Matrix: TypeAlias = NDArray[np.float64]
+
+# Index into this table, or its length for no prediction, is what the stream says of each block.
+SHRINKAGES = (0.02, 0.06, 0.15, 0.3, 0.5, 0.75, 0.9)
+NO_PREDICTION = len(SHRINKAGES)
+_FEWEST_ROWS, _FEWEST_COLUMNS = 8, 4
+_WIDEST_WINDOW = 1024
+# Earlier matrices count as at most so many rows.
+_MOST_CARRIED_ROWS = 2000.0
+_RIDGE = 1e-6
+_PANEL = 32
+# Sums of products of integers (in 1/16) below this are exact in float64.
+_EXACT = 2.0**52
+
+
+class Factors(NamedTuple):
+    """What a kernel predicts with: entry k of a row gains ``rows[j, k - window] * innovation`` from each j before it.
+
+    Attributes
+    ----------
+    rows
+        float32 of shape (width, window): row j of the transposed Cholesky factor from its window's beginning.
+    inverses
+        float32 of shape (width,): one over the factor's diagonal.
+    """
+
+    rows: NDArray[np.float32]
+    inverses: NDArray[np.float32]
+
+
+NO_FACTORS = Factors(np.zeros((0, 0), np.float32), np.zeros(0, np.float32))
+
+
+@dataclass
+class Covariance:
+    """Sums of products of a matrix's columns, window by window.
+
+    Attributes
+    ----------
+    earlier, earlier_rows
+        float64 of shape (window, window) each: of earlier matrices, each in units of its root mean square, so that
+        matrices of any scale and density weigh the same; and how many rows they count as.
+    own, own_rows
+        Of this matrix as far as it is known, in its own units.
+    """
+
+    earlier: list[Matrix]
+    earlier_rows: float
+    own: list[Matrix]
+    own_rows: int = 0
+
+    @classmethod
+    def empty(cls, width: int) -> Covariance:
+        """Return the covariance of no rows."""
+        return cls(_zeros(width), 0.0, _zeros(width))
+
+    @property
+    def rows(self) -> float:
+        """How many rows are known."""
+        return self.earlier_rows + self.own_rows
+
+    def carried(self) -> Covariance:
+        """Return what a next matrix of this width begins with."""
+        share = min(1.0, _MOST_CARRIED_ROWS / self.rows) if self.rows > 0 else 0.0
+        width = sum(len(sums) for sums in self.own)
+        return Covariance([sums * share for sums in self.sums()], self.rows * share, _zeros(width))
+
+    def add(self, rows: Matrix) -> None:
+        """Count rows of this matrix in."""
+        for sums, (start, stop) in zip(self.own, windows(rows.shape[1]), strict=True):
+            part = np.ascontiguousarray(rows[:, start:stop])
+            sums += part.T @ part
+        self.own_rows += len(rows)
+
+    def sums(self) -> list[Matrix]:
+        """Return all sums, those of this matrix in units of its root mean square so far."""
+        # The sum of the diagonals, rounded once, whichever order the machine takes.
+        power = math.fsum(entry for sums in self.own for entry in sums.diagonal().tolist())
+        if not power:
+            return self.earlier
+        power /= self.own_rows * sum(len(sums) for sums in self.own)
+        return [sums + own / power for sums, own in zip(self.earlier, self.own, strict=True)]
+
+    def factors(self, choice: int) -> Factors:
+        """Return the factors under one shrinkage; none for `NO_PREDICTION` or before enough rows."""
+        if choice == NO_PREDICTION or self.rows < _FEWEST_ROWS:
+            return NO_FACTORS
+        known = self.sums()
+        width = sum(len(sums) for sums in known)
+        rows = np.zeros((width, max(len(sums) for sums in known)), np.float32)
+        inverses = np.zeros(width, np.float32)
+        start = 0
+        for sums in known:
+            factor = self._shrunk(sums, choice)
+            factor_in_place(factor)
+            stop = start + len(sums)
+            rows[start:stop, : len(sums)] = factor
+            inverses[start:stop] = 1.0 / factor.diagonal()
+            start = stop
+        return Factors(rows, inverses)
+
+    def best_choice(self, rows: Matrix) -> tuple[int, float]:
+        """Return the shrinkage that predicts rows best, and the bits that a Gaussian code gains by it.
+
+        The search may differ from machine to machine: its outcome is told to the decoder.
+        """
+        best, gain = NO_PREDICTION, 0.0
+        if self.rows < _FEWEST_ROWS:
+            return best, gain
+        power, known = float(np.square(rows).mean()), self.sums()
+        for choice in range(NO_PREDICTION):
+            error = 0.0
+            for sums, (start, stop) in zip(known, windows(rows.shape[1]), strict=True):
+                try:
+                    lower = cholesky(self._shrunk(sums, choice), lower=True, check_finite=False)
+                except LinAlgError:
+                    error = np.inf
+                    break
+                innovations = solve_triangular(lower, rows[:, start:stop].T, lower=True, check_finite=False)
+                error += float(np.square(innovations * lower.diagonal()[:, None]).sum())
+            found = 0.5 * np.log2(max(power, 1e-9) / max(error / rows.size, 1e-9)) * rows.size
+            if found > gain:
+                best, gain = choice, float(found)
+        return best, gain
+
+    def _shrunk(self, sums: Matrix, choice: int) -> Matrix:
+        covariance = sums / self.rows
+        diagonal = covariance.diagonal() + _RIDGE
+        covariance *= 1.0 - SHRINKAGES[choice]
+        np.fill_diagonal(covariance, diagonal)
+        return covariance
+
+
+def _zeros(width: int) -> list[Matrix]:
+    return [np.zeros((stop - start, stop - start)) for start, stop in windows(width)]
+
+
+def windows(width: int) -> list[tuple[int, int]]:
+    """Return the windows of columns within which entries predict each other; one for widths of up to 1024."""
+    count = -(-width // _WIDEST_WINDOW)
+    size = -(-width // count)
+    return [(start, min(start + size, width)) for start in range(0, width, size)]
+
+
+def blocks(rows: int, learned: bool, eager: bool = False) -> Iterator[tuple[int, int]]:
+    """Yield the blocks of rows after which the prediction is learned anew; the first is short if nothing is known.
+
+    Eagerly, every block is, at the beginning: worth its time where much is to be learned.
+    """
+    size = max(16, min(256, rows // 12))
+    start = 0
+    while start < rows:
+        if eager:
+            size = max(16, min(256, start // 8))
+        stop = min(start + (size if start or learned else 16), rows)
+        yield start, stop
+        start = stop
+
+
+def is_predictable(shape: tuple[int, int], largest: float) -> bool:
+    """Return whether prediction is tried: enough rows and columns, and products that float64 sums exactly."""
+    rows, columns = shape
+    enough = rows >= _FEWEST_ROWS and columns >= _FEWEST_COLUMNS
+    return enough and (16.0 * largest) ** 2 * 256 < _EXACT
+
+
+def plan(rows: Matrix, covariance: Covariance, eager: bool = False) -> tuple[list[int], float]:
+    """Return the best shrinkage of each block of a matrix and the bits gained; the covariance learns the matrix."""
+    choices, gain = [], 0.0
+    with one_blas_thread():
+        for start, stop in blocks(len(rows), covariance.rows > 0, eager):
+            choice, gained = covariance.best_choice(rows[start:stop])
+            choices.append(choice)
+            gain += gained
+            covariance.add(rows[start:stop])
+    return choices, gain
+
+
+@compiled
+def factor_in_place(matrix: Matrix) -> None:
+    """Turn a symmetric positive definite matrix into its upper Cholesky factor, operation by operation in fixed order.
+
+    The lower triangle is set to zero. Pivots below 1e-12 are raised to it, so that any input ends in finite numbers.
+    """
+    size = len(matrix)
+    for begin in range(0, size, _PANEL):
+        end = min(begin + _PANEL, size)
+        for j in range(begin, end):
+            row = matrix[j]
+            for i in range(begin, j):
+                weight = matrix[i, j]
+                above = matrix[i]
+                for k in range(j, size):
+                    row[k] -= weight * above[k]
+            pivot = np.sqrt(max(row[j], 1e-12))
+            for k in range(j):
+                row[k] = 0.0
+            row[j] = pivot
+            for k in range(j + 1, size):
+                row[k] /= pivot
+        for j in range(end, size):
+            row = matrix[j]
+            for i in range(begin, end - 3, 4):
+                one, two, three, four = matrix[i], matrix[i + 1], matrix[i + 2], matrix[i + 3]
+                a, b, c, d = one[j], two[j], three[j], four[j]
+                for k in range(j, size):
+                    row[k] = row[k] - a * one[k] - b * two[k] - c * three[k] - d * four[k]

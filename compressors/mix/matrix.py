@@ -1,0 +1,350 @@
+"""What the models behind `mix` and `lin` share: memory along a stream, the layout of a matrix, rows in blocks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, NamedTuple, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kcomplex.errors import StreamError
+from kcomplex.estimators.estimator import Part, Shape
+from kcomplex.estimators.structure import Reader
+
+from ..tables.logistic import exponential, tables
+from .binary_coder import (
+    POSITION,
+    Bytes,
+    CoderState,
+    finish_decoding,
+    finish_encoding,
+    start_decoding,
+    start_encoding,
+)
+from .linear_prediction import (
+    NO_FACTORS,
+    NO_PREDICTION,
+    Covariance,
+    Matrix,
+    blocks,
+    is_predictable,
+    plan,
+)
+from .logistic_mixing import Mixer, copied
+
+Integers: TypeAlias = NDArray[np.int64]
+
+# What the first byte of a tensor's stream says: bits of a mode.
+PLAIN, MODELLED, TRANSPOSED, LINEAR = 0, 1, 2, 4
+# The layout without transposition and prediction.
+PLAINLY: list[tuple[int, list[int]]] = [(0, [])]
+# Vectors, and matrices with longer rows than this, are coded in rows of `_FOLD`.
+_WIDEST = 1 << 16
+_FOLD = 1024
+# Bytes that a weight can take: 49 unary decisions, zero flag, sign and 48 bits, each of at most 16 bits.
+_MOST_BYTES = 200
+_WEIGHTS_A_CALL = 1 << 16
+# The cheapest weight costs one decision of probability 65535/65536.
+_MOST_WEIGHTS_A_BYTE = 370_000
+# Rows of a matrix that predict themselves are at most so many times longer than there are rows to learn from.
+_MOST_PREDICTED = 8
+# Layouts whose Gaussian gain is within so many bits a weight of the best are all tried.
+_UNCLEAR = 0.08
+_EIGHTHS = exponential(np.arange(8.0) * (0.6931471805599453 / 8))
+
+
+@dataclass
+class Memory:
+    """What tensors of a stream leave to those after them.
+
+    Attributes
+    ----------
+    eager
+        Whether the linear prediction is learned in many steps; see `linear_prediction.blocks`.
+    """
+
+    mixer: Mixer
+    regression: NDArray[np.float64]
+    eager: bool = False
+    column_scales: dict[int, NDArray[np.float64]] = field(default_factory=dict)
+    covariances: dict[int, Covariance] = field(default_factory=dict)
+
+    def covariance(self, width: int) -> Covariance:
+        """Return what a matrix of this width begins with; a copy."""
+        known = self.covariances.get(width)
+        return Covariance.empty(width) if known is None else known.carried()
+
+    def copy(self) -> Memory:
+        """Return a copy for a trial."""
+        return Memory(
+            copied(self.mixer), self.regression.copy(), self.eager, dict(self.column_scales), dict(self.covariances)
+        )
+
+    def become(self, other: Memory) -> None:
+        """Take over what another memory, not used any more, has learned."""
+        self.mixer, self.regression = other.mixer, other.regression
+        self.column_scales, self.covariances = other.column_scales, other.covariances
+
+    def scales(self, shape: tuple[int, int], scale: float) -> NDArray[np.float64]:
+        """Return the column scales that the last matrix of this width ended with, adapted to a scale; else zeros."""
+        known = self.column_scales.get(shape[1]) if shape[0] > 1 else None
+        return np.zeros(shape[1]) if known is None else known * scale
+
+    def keep_scales(self, shape: tuple[int, int], scales: NDArray[np.float64], scale: float) -> None:
+        """Remember the column scales of a matrix; not those of a single row."""
+        if shape[0] > 1:
+            self.column_scales[shape[1]] = scales / scale
+
+
+class RowEncoder:
+    """Collects what a kernel writes, call by call."""
+
+    decoding = False
+
+    def __init__(self) -> None:
+        self.state: CoderState = start_encoding()
+        self._room = np.empty(0, np.uint8)
+        self._written = bytearray()
+
+    def room(self, weights: int) -> Bytes:
+        """Return room for the most that so many weights can take."""
+        if self._room.size < weights * _MOST_BYTES + 16:
+            self._room = np.empty(weights * _MOST_BYTES + 16, np.uint8)
+        return self._room
+
+    def advance(self) -> None:
+        """Keep what was written."""
+        self._written += self._room[: int(self.state[POSITION])].tobytes()
+        self.state[POSITION] = 0
+
+    def finish(self) -> bytes:
+        """Return the whole stream."""
+        return bytes(self._written) + finish_encoding(self.state, self._room)
+
+
+class RowDecoder:
+    """Lets a kernel read."""
+
+    decoding: ClassVar[bool] = True
+
+    def __init__(self, data: Bytes) -> None:
+        self.data = data
+        self.state: CoderState = start_decoding(data)
+
+    def room(self, weights: int) -> Bytes:
+        """Return the bytes of the stream."""
+        return self.data
+
+    def advance(self) -> None:
+        """Nothing: the kernel advances by itself."""
+
+
+class RowModel(NamedTuple):
+    """What codes the rows of a matrix.
+
+    Attributes
+    ----------
+    kernel
+        Called with whether it decodes, the coder's state and bytes, the rows, zeros of their shape (float32), factors
+        and inverses of the linear prediction, further arguments, columns, regression, mixer, tables and bits spent.
+    columns
+        Returns what the kernel knows of columns, given their number, the matrix's scale, and the scales that columns
+        of an earlier matrix ended with; its attribute ``scale`` is what they end with.
+    names
+        What bits are spent on.
+    """
+
+    kernel: Callable[..., None]
+    columns: Callable[[int, float, NDArray[np.float64]], Any]
+    names: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class MatrixCode:
+    """How one matrix is coded.
+
+    Attributes
+    ----------
+    scale
+        What its entries' magnitudes are expected to be before any is known, in its units.
+    choices
+        Of the linear prediction for each block of rows; none without one.
+    arguments
+        Returns what the kernel is told besides, of the rows from one index to another.
+    numbers
+        Returns rows, already coded, as the covariance counts them, given the index of the first.
+    """
+
+    model: RowModel
+    scale: float
+    choices: list[int]
+    arguments: Callable[[int, int], tuple[Any, ...]]
+    numbers: Callable[[Integers, int], Matrix]
+
+    def encode(self, memory: Memory, matrix: Integers) -> Part:
+        """Return the payload of a matrix, of which the memory learns."""
+        coder = RowEncoder()
+        spent = self._code(coder, memory, matrix)
+        return Part("payload", coder.finish(), dict(zip(self.model.names, spent.tolist(), strict=True)))
+
+    def decode(self, memory: Memory, payload: Bytes, shape: tuple[int, int]) -> Integers:
+        """Return the matrix in a payload.
+
+        Raises
+        ------
+        StreamError
+            The payload isn't that of such a matrix.
+        """
+        check_size(math.prod(shape), payload.size)
+        coder, matrix = RowDecoder(payload), np.empty(shape, np.int64)
+        self._code(coder, memory, matrix)
+        finish_decoding(coder.state, payload)
+        return matrix
+
+    def _code(self, coder: RowEncoder | RowDecoder, memory: Memory, matrix: Integers) -> NDArray[np.float64]:
+        """Code all rows, learning the covariance block by block where there are choices; return the bits spent."""
+        height, width = matrix.shape
+        columns = self.model.columns(width, self.scale, memory.scales((height, width), self.scale))
+        spent = np.zeros(len(self.model.names))
+        covariance = memory.covariance(width) if self.choices else None
+        spans = blocks(height, covariance.rows > 0, memory.eager) if covariance is not None else iter([(0, height)])
+        for index, (start, stop) in enumerate(spans):
+            factors = covariance.factors(self.choices[index]) if covariance is not None else NO_FACTORS
+            for first, last in _calls(start, stop, width):
+                rows, room = matrix[first:last], coder.room((last - first) * width)
+                self.model.kernel(
+                    coder.decoding, coder.state, room, rows, np.zeros(rows.shape, np.float32), *factors,
+                    *self.arguments(first, last), columns, memory.regression, memory.mixer, tables(), spent,
+                )  # fmt: skip
+                coder.advance()
+            if covariance is not None:
+                covariance.add(self.numbers(matrix[start:stop], start))
+        if covariance is not None:
+            memory.covariances[width] = covariance
+        memory.keep_scales((height, width), columns.scale, self.scale)
+        return spent
+
+
+def layouts(memory: Memory, matrix: Integers, largest: int) -> list[tuple[int, list[int]]]:
+    """Return the layouts that may be the shortest: bits of a mode, and the choices of the prediction.
+
+    What a Gaussian code gains decides where it is clear; other models gain less, and less evenly.
+    """
+    found: list[tuple[float, int, list[int]]] = [(0.0, 0, [])]
+    if is_predictable(matrix.shape, largest):
+        for mode, rows in ((LINEAR, matrix), (LINEAR | TRANSPOSED, matrix.T)):
+            if is_predictable(rows.shape, largest) and rows.shape[1] <= _MOST_PREDICTED * rows.shape[0]:
+                choices, gain = plan(rows.astype(np.float64), memory.covariance(rows.shape[1]), memory.eager)
+                if gain > 4.0 * len(choices):
+                    found.append((gain / matrix.size, mode, choices))
+    best = max(gain for gain, _, _ in found)
+    return [(mode, choices) for gain, mode, choices in found if best - gain < _UNCLEAR]
+
+
+def shortest(
+    memory: Memory,
+    candidates: list[tuple[int, list[int]]],
+    encode: Callable[[Memory, int, list[int]], list[Part]],
+) -> list[Part]:
+    """Return the shortest of several encodings; the memory learns from that one alone."""
+    if len(candidates) == 1:
+        return encode(memory, *candidates[0])
+    trials = []
+    for mode, choices in candidates:
+        trial = memory.copy()
+        trials.append((encode(trial, mode, choices), trial))
+    parts, trial = min(trials, key=lambda pair: sum(len(part.data) for part in pair[0]))
+    memory.become(trial)
+    return parts
+
+
+def folded(shape: Shape) -> tuple[int, int]:
+    """Return the rows and columns in which a tensor is coded: its first dimension by the others.
+
+    Vectors, and matrices with longer rows than 65536, are cut in the longest rows of at most 1024 that divide them.
+    """
+    size = math.prod(shape)
+    if len(shape) > 1 and shape[0] > 1 and size // shape[0] <= _WIDEST:
+        return shape[0], size // shape[0]
+    if size <= _FOLD:
+        return 1, size
+    width = next(width for width in range(_FOLD, 0, -1) if size % width == 0)
+    return size // width, width
+
+
+def eighths_of_octaves(magnitude: float) -> int:
+    """Return the logarithm of a positive magnitude to base 2**(1/8), rounded."""
+    return round(8 * math.log2(magnitude))
+
+
+def octave_fraction(eighths: int) -> float:
+    """Return 2**(eighths / 8), the same bits on every machine."""
+    return float(np.ldexp(_EIGHTHS[eighths % 8], eighths // 8))
+
+
+def pack_choices(choices: list[int]) -> bytes:
+    """Return two choices a byte."""
+    padded = [*choices, 0] if len(choices) % 2 else choices
+    return bytes(first | second << 4 for first, second in zip(padded[::2], padded[1::2], strict=True))
+
+
+def read_choices(reader: Reader, memory: Memory, shape: tuple[int, int]) -> list[int]:
+    """Return the choices of each block of a matrix, as `pack_choices` wrote them.
+
+    Raises
+    ------
+    StreamError
+        There are too few, or one that doesn't exist.
+    """
+    height, width = shape
+    count = sum(1 for _ in blocks(height, width in memory.covariances, memory.eager))
+    packed = reader.take((count + 1) // 2)
+    choices = [choice for byte in packed for choice in (byte & 15, byte >> 4)][:count]
+    if max(choices, default=0) > NO_PREDICTION:
+        raise StreamError("lin: the stream names a prediction that doesn't exist")
+    return choices
+
+
+def check_size(size: int, payload: int) -> None:
+    """Check that so many weights may be in so many bytes.
+
+    Raises
+    ------
+    StreamError
+        There are more than any stream of that length holds.
+    """
+    if size > (payload + 16) * _MOST_WEIGHTS_A_BYTE:
+        raise StreamError(f"{payload} bytes can't hold {size} weights")
+
+
+def read_middle(reader: Reader) -> int:
+    """Return what integers are counted from.
+
+    Raises
+    ------
+    StreamError
+        It is beyond 64 bits.
+    """
+    middle = unzigzag(reader.varint())
+    if not -(1 << 63) <= middle < 1 << 63:
+        raise StreamError(f"integers can't be counted from {middle}")
+    return middle
+
+
+def zigzag(value: int) -> int:
+    """Return a non-negative integer for any: 0, -1, 1, -2 ... become 0, 1, 2, 3 ..."""
+    return 2 * value if value >= 0 else -2 * value - 1
+
+
+def unzigzag(code: int) -> int:
+    """Return the integer of a `zigzag` code."""
+    return code // 2 if code % 2 == 0 else -(code + 1) // 2
+
+
+def _calls(start: int, stop: int, width: int) -> Iterator[tuple[int, int]]:
+    rows = max(1, _WEIGHTS_A_CALL // width)
+    for first in range(start, stop, rows):
+        yield first, min(first + rows, stop)

@@ -1,0 +1,1 @@
+"""Blocks of weights as indices into one codebook of motifs."""

@@ -1,0 +1,1 @@
+"""Numbers that bound nothing: proxies of complexity."""

@@ -1,0 +1,1 @@
+"""Lossy stages before a coder: levels, steps and signs."""

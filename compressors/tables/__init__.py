@@ -1,0 +1,1 @@
+"""Tools of several families: numbers and words as bytes, alphabets, codebooks, tables of functions."""

@@ -1,0 +1,1 @@
+"""Lossless stages before a coder."""

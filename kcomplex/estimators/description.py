@@ -1,0 +1,247 @@
+"""Description: what measuring weights with one estimator gave, itemised."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+from kcomplex.errors import WeightsError
+from kcomplex.weights import SkippedTensor
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+
+Kind: TypeAlias = Literal["code", "ideal", "proxy"]
+Unit: TypeAlias = Literal["bits", "share", "norm", "ratio"]
+
+STRUCTURE = "structure"
+# What tables of tensors call the parts that belong to none of them.
+SHARED = "(shared by all)"
+
+
+@dataclass(frozen=True)
+class TensorDescription:
+    """One tensor's share of a description.
+
+    Attributes
+    ----------
+    name, shape, dtype, weights, raw_bits
+        The tensor, its number of weights and its raw size in bits.
+    value
+        In the description's unit; bits where that is ``bits``.
+    parts
+        What the value is made of; sums to it where the unit is bits.
+    squared_error
+        Sum of squared differences to what the decoder gives back; 0 for a lossless estimator.
+    exact
+        Whether the decoder gives back every bit.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    weights: int
+    raw_bits: int
+    value: float
+    parts: Mapping[str, float] = field(default_factory=dict)
+    squared_error: float = 0.0
+    exact: bool = True
+
+
+@dataclass(frozen=True)
+class Description:
+    """The outcome of measuring weights with one estimator.
+
+    Attributes
+    ----------
+    estimator
+        Specification string; `kcomplex.build_estimator` turns it back into the estimator.
+    kind
+        ``code`` (a decoder exists), ``ideal`` (complete code length, no stream) or ``proxy`` (bounds nothing).
+    unit
+        ``bits`` for lengths; proxies may have others.
+    value
+        The measured number, in `unit`.
+    parts
+        Itemisation of a length: structure (names, shapes, dtypes), tables, payload ...; sums to `value` exactly.
+    tensors
+        Each tensor's share, without the parts that belong to the whole.
+    weights, raw_bits
+        Number of weights measured and their raw size in bits.
+    lossless
+        Whether the decoder gives every weight back bit for bit; None for proxies.
+    distortion
+        Mean squared error a weight of what the decoder gives back; None for proxies.
+    seconds
+        Wall time of the measurement.
+    version
+        Version of kcomplex that measured.
+    skipped
+        Tensors that were left out, with reasons.
+    """
+
+    estimator: str
+    kind: Kind
+    unit: Unit
+    value: float
+    parts: Mapping[str, float]
+    tensors: tuple[TensorDescription, ...]
+    weights: int
+    raw_bits: int
+    lossless: bool | None
+    distortion: float | None
+    seconds: float
+    version: str
+    skipped: tuple[SkippedTensor, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.unit == "bits" and self.parts and math.fsum(self.parts.values()) != self.value:
+            raise WeightsError(
+                f"{self.estimator}: the parts sum to {math.fsum(self.parts.values())} bits, not to {self.value}"
+            )
+
+    @property
+    def bits(self) -> float:
+        """Description length in bits; NaN where the unit isn't bits."""
+        return self.value if self.unit == "bits" else math.nan
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits divided by the number of weights measured; NaN without weights or where the unit isn't bits."""
+        return self.bits / self.weights if self.weights else math.nan
+
+    @property
+    def ratio(self) -> float:
+        """Raw bits divided by bits (2 means half the raw size)."""
+        return self.raw_bits / self.bits if self.bits else math.nan
+
+    def __repr__(self) -> str:
+        length = (
+            f"{self.bits:,.0f} bits, {self.bits_per_weight:.4f} bits per weight, raw/{self.ratio:.2f}"
+            if self.unit == "bits"
+            else f"{self.unit} {self.value:.6g}"
+        )
+        skipped = f", {len(self.skipped)} tensors skipped" if self.skipped else ""
+        return f"<Description {self.estimator} ({self.kind}): {length}{skipped}>"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the headline as a flat dictionary of plain numbers and strings, as in one row of a table."""
+        return {
+            "estimator": self.estimator,
+            "kind": self.kind,
+            "unit": self.unit,
+            "value": self.value,
+            "bits": self.bits,
+            "bits_per_weight": self.bits_per_weight,
+            "bytes": self.bits / 8,
+            "ratio": self.ratio,
+            "weights": self.weights,
+            "raw_bits": self.raw_bits,
+            "lossless": self.lossless,
+            "distortion": self.distortion,
+            "seconds": self.seconds,
+            "version": self.version,
+        }
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return one row a tensor: shape, dtype, weights, value, bits per weight and the parts (``part_...``)."""
+        import pandas as pd
+
+        rows = []
+        for tensor in self.tensors:
+            in_bits = self.unit == "bits" and tensor.weights > 0
+            rows.append(
+                {
+                    "estimator": self.estimator,
+                    "kind": self.kind,
+                    "tensor": tensor.name,
+                    "shape": shape_text(tensor.shape),
+                    "dtype": tensor.dtype,
+                    "weights": tensor.weights,
+                    "raw_bits": tensor.raw_bits,
+                    "unit": self.unit,
+                    "value": tensor.value,
+                    "bits_per_weight": tensor.value / tensor.weights if in_bits else math.nan,
+                    **{f"part_{part}": bits for part, bits in tensor.parts.items()},
+                }
+            )
+        return pd.DataFrame(rows)
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Return axes with one bar a tensor, in bits per weight (or the proxy's unit), the kind in the label."""
+        import matplotlib.pyplot as plt
+
+        if ax is None:
+            ax = plt.subplots(figsize=(7, 1 + 0.25 * len(self.tensors)))[1]
+        in_bits = self.unit == "bits"
+        frame = self.to_frame()
+        ax.barh(frame["tensor"], frame["bits_per_weight" if in_bits else "value"], color="0.6", edgecolor="black")
+        ax.invert_yaxis()
+        ax.set_xlabel(f"{self.estimator} ({self.kind}), {'bits per weight' if in_bits else self.unit}")
+        return ax
+
+
+class Descriptions(tuple[Description, ...]):
+    """Several descriptions of the same weights, in the order of the estimators that were asked for."""
+
+    __slots__ = ()
+
+    def __getitem__(self, key: Any) -> Any:
+        """Return the description at a position, the ones of a slice, or the one of an estimator's specification."""
+        if isinstance(key, str):
+            from kcomplex.estimators.pipeline import build_estimator
+
+            canonical = build_estimator(key).spec
+            for description in self:
+                if description.estimator == canonical:
+                    return description
+            raise KeyError(f"{key!r} isn't among {', '.join(item.estimator for item in self)}")
+        found = super().__getitem__(key)
+        return Descriptions(found) if isinstance(key, slice) else found
+
+    def to_frame(self, *, per_tensor: bool = False) -> pd.DataFrame:
+        """Return one row an estimator, or one row an estimator and tensor."""
+        import pandas as pd
+
+        if per_tensor:
+            frames = [item.to_frame() for item in self]
+            return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
+        return pd.DataFrame([item.to_dict() for item in self])
+
+    def to_json(self) -> str:
+        """Return the headlines, parts, tensors and skipped tensors as JSON."""
+        return json.dumps([_plain(item) for item in self], indent=2)
+
+
+def shape_text(shape: tuple[int, ...] | list[int]) -> str:
+    """Return a shape as tables show it: ``64x3x7x7``."""
+    return "x".join(map(str, shape)) or "scalar"
+
+
+def _plain(description: Description) -> dict[str, Any]:
+    return {
+        **{key: _json_number(value) for key, value in description.to_dict().items()},
+        "parts": dict(description.parts),
+        "tensors": [
+            {
+                "name": tensor.name,
+                "shape": list(tensor.shape),
+                "dtype": tensor.dtype,
+                "weights": tensor.weights,
+                "raw_bits": tensor.raw_bits,
+                "value": _json_number(tensor.value),
+                "parts": dict(tensor.parts),
+            }
+            for tensor in description.tensors
+        ],
+        "skipped": [{"name": tensor.name, "reason": tensor.reason} for tensor in description.skipped],
+    }
+
+
+def _json_number(value: Any) -> Any:
+    """Return None for NaN and infinity, which JSON hasn't got, and everything else as it is."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,1 @@
+"""The ``.kcz`` file: a checkpoint as what was measured."""

@@ -1,0 +1,364 @@
+"""The ``.kcz`` file: a checkpoint under a code, checked whatever byte is read, decoded tensor by tensor.
+
+A file is eight magic bytes, a version, the side information that tensors share, a stream for each piece of each tensor,
+the index (structure, pieces, digests, notes), and a trailer with the index's length and digest. The index stands last,
+so that a file is written in one go with no more in memory than the pieces in flight. ``docs/kcz.md`` has every byte.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from threading import Lock
+from types import TracebackType
+from typing import BinaryIO, Self
+
+import numpy as np
+import torch
+
+from kcomplex.errors import KComplexError, SourceNotFoundError, StreamError, VerificationError, WeightsError
+from kcomplex.estimators.estimator import Code, EncodedTensor, Estimator
+from kcomplex.estimators.given import GivenSource
+from kcomplex.estimators.pipeline import build_decoder, build_estimator
+from kcomplex.estimators.structure import TensorEntry
+from kcomplex.kcz.index import HEAD, Notes, PieceStream, digest_of, encode_index, read_index
+from kcomplex.kcz.pieces import Piece, handles_of
+from kcomplex.machine.files import refuse_overwriting, replacing
+from kcomplex.machine.limits import require_memory
+from kcomplex.machine.parallel import in_order
+from kcomplex.sources.formats.safetensors_file import original_layout, safetensors_header
+from kcomplex.weights import Source, TensorHandle, Weights, open_weights, values_of, words_of
+
+# Weights a piece.
+_LIMIT = 1 << 22
+
+Progress = Callable[[TensorHandle], None]
+
+
+def encode_file(
+    source: Source,
+    path: str | os.PathLike[str],
+    estimator: str | Estimator,
+    *,
+    given: GivenSource | None = None,
+    jobs: int = 1,
+    progress: Progress | None = None,
+) -> int:
+    """Write weights as a ``.kcz`` file and return its size in bytes.
+
+    Parameters
+    ----------
+    source
+        Anything that `open_weights` opens; metadata and order are kept of a safetensors file.
+    path
+        Written under a temporary name, then renamed.
+    estimator
+        Of kind ``code``.
+    given
+        Weights that the code may use; see `kcomplex.describe`. Decoding needs them again.
+    jobs
+        Threads; a code that learns from tensor to tensor uses one.
+    progress
+        Called after each piece: a tensor, or 4 million weights of one.
+
+    Raises
+    ------
+    WeightsError
+        The estimator has no decoder.
+    KComplexError
+        The file can't be written.
+    """
+    code = build_estimator(estimator, given)
+    if not isinstance(code, Code):
+        raise WeightsError(f"{code.spec!r} is of kind {code.kind}: it has no stream that could be decoded")
+    target = Path(path)
+    refuse_overwriting(target, source, given)
+    try:
+        # A caller's weights stay open.
+        opened = nullcontext(source) if isinstance(source, Weights) else open_weights(source)
+        with opened as weights, replacing(target) as temporary, temporary.open("wb") as file:
+            _write(file, weights, code, _layout_of(source, weights), jobs, progress)
+            return file.tell()
+    except OSError as error:
+        raise KComplexError(f"{target}: can't be written: {error.strerror or error}") from error
+
+
+def _write(file: BinaryIO, weights: Weights, code: Code, notes: Notes, jobs: int, progress: Progress | None) -> None:
+    shared = code.prepare(weights)
+    file.write(HEAD + shared)
+    limit = _LIMIT if code.divisible else 0
+    coder, digests = code.fresh(), bytearray(digest_of(shared))
+    lengths: dict[str, list[int]] = {name: [] for name in weights}
+    inexact: dict[str, float] = {}
+
+    def encode(piece: TensorHandle) -> tuple[TensorHandle, bytes, EncodedTensor]:
+        encoded = coder.encode_tensor(piece, shared)
+        return piece, encoded.to_bytes(), encoded
+
+    pieces = (piece for handle in weights.values() for piece in handles_of(handle, limit))
+    for piece, stream, encoded in in_order(encode, pieces, 1 if code.sequential else jobs):
+        file.write(stream)
+        digests += digest_of(stream)
+        lengths[piece.name].append(len(stream))
+        if not encoded.exact:
+            inexact[piece.name] = encoded.squared_error
+        if progress is not None:
+            progress(piece)
+    notes = replace(notes, inexact=inexact)
+    file.write(encode_index(code.full_spec, weights, len(shared), limit, lengths, bytes(digests), notes))
+
+
+class Container:
+    """An open ``.kcz`` file: what it says without decoding, and its tensors one by one.
+
+    Parameters
+    ----------
+    given
+        What the file was encoded with, where that is so; a recipe that it names is never run unasked.
+
+    Attributes
+    ----------
+    estimator
+        Full specification of the code.
+    entries
+        Name (with aliases), dtype, shape and stream length of every tensor, in the order of the file.
+    notes
+        Metadata, order and errors of the tensors that aren't exact.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, given: GivenSource | None = None) -> None:
+        self.path = Path(path)
+        self._given = given
+        try:
+            self._file = self.path.open("rb")
+        except FileNotFoundError as error:
+            raise SourceNotFoundError(f"{self.path}: there is no such file") from error
+        except OSError as error:
+            raise StreamError(f"{self.path}: can't be read: {error.strerror or error}") from error
+        self._reading, self._learning = Lock(), Lock()
+        try:
+            self._open()
+        except StreamError as error:
+            self._file.close()
+            raise StreamError(f"{self.path}: {error}") from error
+        except BaseException:
+            self._file.close()
+            raise
+
+    def _open(self) -> None:
+        index = read_index(self._file)
+        self.estimator, self.entries, self.notes = index.spec, index.entries, index.notes
+        self._streams = index.streams
+        self._code = build_decoder(index.spec, self._given)
+        self._shared = self._section(*index.shared, "the shared side information")
+        self._decoder, self._next = self._code.fresh(), 0
+
+    def pieces(self, jobs: int = 1) -> Iterator[tuple[TensorEntry, Piece, torch.Tensor]]:
+        """Yield every tensor piece by piece, no more of them in memory than are being decoded.
+
+        Parameters
+        ----------
+        jobs
+            Threads; a code that learns from tensor to tensor uses one.
+
+        Raises
+        ------
+        StreamError
+            A piece's bytes were changed.
+        """
+        decode = partial(self._decoded, self._code.fresh())
+        decoded = in_order(decode, self._streams, 1 if self._code.sequential else jobs)
+        for stream, tensor in zip(self._streams, decoded, strict=True):
+            yield self.entries[stream.tensor], stream.piece, tensor
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """Return one tensor; of a code that learns from tensor to tensor, those before it are decoded first.
+
+        Raises
+        ------
+        WeightsError
+            There is no such tensor.
+        StreamError
+            Its bytes were changed.
+        """
+        place = next((place for place, entry in enumerate(self.entries) if name in entry.names), None)
+        if place is None:
+            raise WeightsError(f"{self.path}: there is no tensor {name!r}")
+        wanted = [index for index, stream in enumerate(self._streams) if stream.tensor == place]
+        if not self._code.sequential:
+            return self._joined(self.entries[place], self._decoder, wanted)
+        with self._learning:
+            decoder, known = self._decoder, self._next
+            if wanted[0] < known:
+                decoder, known = self._code.fresh(), 0
+            # Should one of the streams be damaged, the decoder has learned half of it and is of no more use.
+            self._decoder, self._next = self._code.fresh(), 0
+            for stream in self._streams[known : wanted[0]]:
+                self._decoded(decoder, stream)
+            tensor = self._joined(self.entries[place], decoder, wanted)
+            self._decoder, self._next = decoder, wanted[-1] + 1
+            return tensor
+
+    def _joined(self, entry: TensorEntry, decoder: Code, wanted: list[int]) -> torch.Tensor:
+        if len(wanted) == 1:
+            return self._decoded(decoder, self._streams[wanted[0]])
+        try:
+            require_memory(entry.nbytes + 2 * max(_of_piece(entry, self._streams[index]).nbytes for index in wanted))
+        except StreamError as error:
+            raise StreamError(f"{self.path}: the tensor {entry.names[0]!r} can't be decoded: {error}") from error
+        data = torch.empty(entry.nbytes, dtype=torch.uint8)
+        for index in wanted:
+            start, stop, _ = self._streams[index].piece
+            words = words_of(self._decoded(decoder, self._streams[index]))
+            data.numpy()[start * entry.dtype.itemsize : stop * entry.dtype.itemsize] = words.view(np.uint8)
+        return data.view(entry.dtype).reshape(entry.shape)
+
+    def _decoded(self, decoder: Code, stream: PieceStream) -> torch.Tensor:
+        entry = self.entries[stream.tensor]
+        what = f"the tensor {entry.names[0]!r}"
+        try:
+            piece = _of_piece(entry, stream)
+            require_memory(2 * piece.nbytes)
+            data = self._section(stream.offset, stream.length, stream.digest, what)
+            return decoder.decode_entry(data, piece, self._shared)
+        except (StreamError, MemoryError) as error:
+            problem = str(error) or "it claims more memory than there is"
+            raise StreamError(f"{self.path}: {what} can't be decoded: {problem}") from error
+
+    def _section(self, offset: int, length: int, digest: bytes, what: str) -> bytes:
+        with self._reading:
+            self._file.seek(offset)
+            data = self._file.read(length)
+        if digest_of(data) != digest:
+            raise StreamError(f"the bytes of {what} were changed")
+        return data
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _of_piece(entry: TensorEntry, stream: PieceStream) -> TensorEntry:
+    return replace(entry, shape=stream.piece.shape)
+
+
+def decode_file(
+    path: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    given: GivenSource | None = None,
+    jobs: int = 1,
+    progress: Callable[[TensorEntry], None] | None = None,
+) -> None:
+    """Write the tensors of a ``.kcz`` file as a safetensors file, with the metadata and order of what was encoded.
+
+    Tensors with several names are written under each of them. The file is written piece by piece to a temporary name,
+    then renamed.
+
+    Raises
+    ------
+    StreamError
+        The container is truncated or corrupted.
+    WeightsError
+        Safetensors has no such dtype.
+    KComplexError
+        The file can't be written.
+    """
+    target = Path(output)
+    refuse_overwriting(target, path, given)
+    with Container(path, given=given) as container:
+        layout = [(name, entry.dtype, entry.shape) for entry in container.entries for name in entry.names]
+        header, offsets = safetensors_header(layout, container.notes.metadata, container.notes.order)
+        try:
+            with replacing(target) as temporary, temporary.open("wb") as file:
+                file.write(header)
+                for entry, piece, tensor in container.pieces(jobs):
+                    for name in entry.names:
+                        file.seek(len(header) + offsets[name] + piece.start * entry.dtype.itemsize)
+                        file.write(words_of(tensor).data)
+                    if progress is not None and piece.stop == math.prod(entry.shape):
+                        progress(entry)
+        except OSError as error:
+            raise KComplexError(f"{target}: can't be written: {error.strerror or error}") from error
+
+
+def verify_file(
+    path: str | os.PathLike[str], source: Source | None = None, *, given: GivenSource | None = None, jobs: int = 1
+) -> float:
+    """Decode every tensor of a ``.kcz`` file and return the mean squared error a weight that it says to have.
+
+    Parameters
+    ----------
+    source
+        What was encoded. Names, dtypes, shapes, metadata and order must be the same; tensors that the file calls exact,
+        bit for bit; the others must have the squared error that it tells.
+
+    Raises
+    ------
+    VerificationError
+        Something differs.
+    StreamError
+        The file is truncated or corrupted.
+    """
+    with Container(path, given=given) as container:
+        weights = None if source is None else open_weights(source)
+        if weights is not None:
+            if list(weights) != [entry.names[0] for entry in container.entries]:
+                raise VerificationError(f"{path}: it holds other tensors than {weights.source}")
+            notes = _layout_of(source, weights)
+            if (dict(notes.metadata), notes.order) != (dict(container.notes.metadata), container.notes.order):
+                raise VerificationError(f"{path}: it holds other metadata, or another order, than {weights.source}")
+        handle, original = None, torch.empty(0)
+        for entry, piece, tensor in container.pieces(jobs):
+            if weights is None:
+                continue
+            if not piece.start:
+                handle = weights[entry.names[0]]
+                original = handle.read()
+                if (handle.dtype, handle.shape, (handle.name, *handle.aliases)) != (
+                    entry.dtype,
+                    entry.shape,
+                    entry.names,
+                ):
+                    raise _different(path, entry)
+            part = original if tensor.shape == original.shape else original.reshape(-1)[piece.start : piece.stop]
+            if not _same(part, tensor, container.notes.inexact.get(entry.names[0])):
+                raise _different(path, entry)
+        elements = sum(int(np.prod(entry.shape, dtype=np.int64)) for entry in container.entries)
+        return sum(container.notes.inexact.values()) / max(elements, 1)
+
+
+def _same(original: torch.Tensor, decoded: torch.Tensor, squared_error: float | None) -> bool:
+    if squared_error is None:
+        return np.array_equal(words_of(original), words_of(decoded))
+    difference = values_of(original).astype(np.float64) - values_of(decoded).astype(np.float64)
+    return float(np.square(difference).sum()) == squared_error
+
+
+def _different(path: str | os.PathLike[str], entry: TensorEntry) -> VerificationError:
+    return VerificationError(f"{path}: the tensor {entry.names[0]!r} isn't what was encoded")
+
+
+def _layout_of(source: Source | None, weights: Weights) -> Notes:
+    """Return metadata and order of a safetensors file; nothing for any other source."""
+    if not isinstance(source, (str, os.PathLike)) or not Path(source).is_file():
+        return Notes()
+    layout = original_layout(Path(source))
+    if layout is None:
+        return Notes()
+    metadata, order = layout
+    known = {name for handle in weights.values() for name in (handle.name, *handle.aliases)}
+    return Notes(metadata, tuple(name for name in order if name in known))

@@ -1,0 +1,1 @@
+"""Weights times estimators: descriptions, their proof, and where the bits are."""

@@ -1,0 +1,119 @@
+"""A checkpoint as one stream of bytes, and back: the proof behind every number of kind ``code``."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from kcomplex.errors import StreamError, VerificationError, WeightsError
+from kcomplex.estimators.description import Description, TensorDescription
+from kcomplex.estimators.estimator import Code, Estimator
+from kcomplex.estimators.given import GivenCode, GivenSource
+from kcomplex.estimators.pipeline import build_decoder, build_estimator
+from kcomplex.estimators.structure import decode_structure, encode_structure
+from kcomplex.machine.limits import require_memory
+from kcomplex.weights import Source, TensorHandle, open_weights, values_of, words_of
+
+
+def encode_checkpoint(source: Source, estimator: str | Estimator, *, given: GivenSource | None = None) -> bytes:
+    """Return the whole stream of weights under a code; eight times its length is what `describe` reports.
+
+    Parameters
+    ----------
+    given
+        Weights that the code may use; see `describe`. Decoding needs them again.
+
+    Raises
+    ------
+    WeightsError
+        The estimator has no decoder (its kind isn't ``code``).
+    """
+    code = build_estimator(estimator, given)
+    if not isinstance(code, Code):
+        raise WeightsError(f"{code.spec!r} is of kind {code.kind}: it has no stream that could be decoded")
+    weights = open_weights(source)
+    shared = code.prepare(weights)
+    coder = code.fresh()
+    streams = [coder.encode_tensor(handle, shared).to_bytes() for handle in weights.values()]
+    structure = encode_structure(code.full_spec, weights, len(shared), [len(stream) for stream in streams])
+    return b"".join([structure, shared, *streams])
+
+
+def decode_checkpoint(data: bytes, *, given: GivenSource | None = None) -> dict[str, torch.Tensor]:
+    """Return the tensors of a stream by name; tensors with several names appear under each, sharing storage.
+
+    Parameters
+    ----------
+    given
+        What the stream was encoded with, where that is so; a recipe that a stream names is never run unasked.
+
+    Raises
+    ------
+    StreamError
+        The stream is truncated or corrupted.
+    UnknownNameError, PluginError
+        The estimator that wrote it isn't installed.
+    """
+    structure = decode_structure(data)
+    code = build_decoder(structure.spec, given)
+    position = structure.size + structure.shared
+    expected = position + sum(entry.length for entry in structure.tensors)
+    if len(data) != expected:
+        raise StreamError(f"the stream has {len(data)} bytes where its structure announces {expected}")
+    # The last one may be joined from parts while all others are there.
+    sizes = [entry.nbytes for entry in structure.tensors]
+    require_memory(sum(sizes) + max(sizes, default=0))
+    shared = data[structure.size : position]
+    decoder = code.fresh()
+    tensors = {}
+    for entry in structure.tensors:
+        piece = data[position : position + entry.length]
+        position += entry.length
+        try:
+            tensor = decoder.decode_entry(piece, entry, shared)
+        except (StreamError, MemoryError) as error:
+            problem = str(error) or "it claims more memory than there is"
+            raise StreamError(f"the tensor {entry.names[0]!r} can't be decoded: {problem}") from error
+        tensors.update(dict.fromkeys(entry.names, tensor))
+    return tensors
+
+
+def verify(source: Source, description: Description, *, given: GivenSource | None = None) -> None:
+    """Prove a description of kind ``code``: encode, decode, and compare all that it says with what comes back.
+
+    The stream must have the described bits; names, aliases, dtypes and shapes must come back; tensors that the code
+    keeps exactly, bit for bit; of a quantised tensor, the squared error must be the described one.
+
+    Raises
+    ------
+    VerificationError
+        What comes back isn't what was described, or can't be decoded.
+    WeightsError
+        The estimator has no decoder.
+    """
+    weights = open_weights(source)
+    code = build_estimator(description.estimator, given)
+    data = encode_checkpoint(weights, code)
+    try:
+        decoded = decode_checkpoint(data, given=code.given if isinstance(code, GivenCode) else None)
+    except StreamError as error:
+        raise VerificationError(f"{description.estimator}: its own stream can't be decoded: {error}") from error
+    if 8 * len(data) != description.bits:
+        raise VerificationError(
+            f"{description.estimator}: {8 * len(data)} bits where {description.bits} were described"
+        )
+    names = {name for handle in weights.values() for name in (handle.name, *handle.aliases)}
+    if decoded.keys() != names:
+        raise VerificationError(f"{description.estimator}: other tensors come back than were encoded")
+    for tensor in description.tensors:
+        if not _same(weights[tensor.name], decoded[tensor.name], tensor):
+            raise VerificationError(f"{description.estimator}: decoding changed the tensor {tensor.name!r}")
+
+
+def _same(handle: TensorHandle, decoded: torch.Tensor, described: TensorDescription) -> bool:
+    if (decoded.dtype, tuple(decoded.shape)) != (handle.dtype, handle.shape):
+        return False
+    if described.exact:
+        return words_of(decoded).tobytes() == handle.words().tobytes()
+    difference = handle.values().astype(np.float64) - values_of(decoded).astype(np.float64)
+    return float(np.square(difference).sum()) == described.squared_error

@@ -1,0 +1,1 @@
+"""Blocks of weights, the motifs chosen from them, and the nearest motif of each block."""

@@ -1,0 +1,215 @@
+"""Lossy codes as short as a wish allows: a mean squared error, a number of bits, or a loss that the user measures."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kcomplex.errors import SpecError
+from kcomplex.estimators.estimator import Estimator, Shape
+from kcomplex.estimators.pipeline import QuantisedCode, build_estimator
+from kcomplex.kcz.container import Container, encode_file
+from kcomplex.machine.files import refuse_overwriting
+from kcomplex.quantising.step_search import DEFAULT_ESTIMATOR, EVALUATIONS, WITHIN, Steps
+from kcomplex.quantising.step_trials import Evaluate, Progress, Trials
+from kcomplex.weights import Source, Weights, open_weights
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclass(frozen=True)
+class SteppedTensor:
+    """One tensor of a quantised file: its step (None where it is kept exactly), bits and squared error."""
+
+    name: str
+    shape: Shape
+    weights: int
+    step: float | None
+    bits: int
+    squared_error: float
+
+
+@dataclass(frozen=True)
+class Quantisation:
+    """What `quantise_file` wrote, and how it was found.
+
+    Attributes
+    ----------
+    estimator
+        Specification that decodes the file.
+    step
+        The global step: the mean of the tensors' steps, on a logarithmic scale and by number of weights.
+    tensors
+        Each tensor's step, bits and squared error.
+    weights, bits
+        Number of weights, and eight times the bytes of the file.
+    distortion
+        Mean squared error a weight.
+    loss, baseline, limit
+        Of the decoded and of the original weights, and what was allowed; None where no loss was evaluated.
+    evaluations
+        How many times the loss was evaluated, the baseline included.
+    """
+
+    estimator: str
+    step: float
+    tensors: tuple[SteppedTensor, ...]
+    weights: int
+    bits: int
+    distortion: float
+    loss: float | None = None
+    baseline: float | None = None
+    limit: float | None = None
+    evaluations: int = 0
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits of the whole file divided by the number of weights."""
+        return self.bits / max(self.weights, 1)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything but the tensors as a flat dictionary."""
+        told = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "tensors"}
+        return {**told, "bits_per_weight": self.bits_per_weight}
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return one row a tensor: shape, weights, step, bits, bits a weight, mean squared error."""
+        import pandas as pd
+
+        return pd.DataFrame(
+            {
+                "tensor": item.name,
+                "shape": "x".join(map(str, item.shape)) or "scalar",
+                "weights": item.weights,
+                "step": item.step,
+                "bits": item.bits,
+                "bits_per_weight": item.bits / item.weights if item.weights else math.nan,
+                "distortion": item.squared_error / max(item.weights, 1),
+            }
+            for item in self.tensors
+        )
+
+
+def quantise_file(
+    source: Source,
+    path: str | os.PathLike[str],
+    estimator: str | Estimator = DEFAULT_ESTIMATOR,
+    *,
+    mse: float | None = None,
+    bits: float | None = None,
+    evaluate: Evaluate | None = None,
+    within: float = WITHIN,
+    evaluations: int = EVALUATIONS,
+    jobs: int = 1,
+    progress: Progress | None = None,
+) -> Quantisation:
+    """Write the shortest ``.kcz`` file found that meets one wish, and return what it took.
+
+    Parameters
+    ----------
+    source
+        Anything that `open_weights` opens.
+    path
+        Of the file to write.
+    estimator
+        A quantiser with an option ``step``, and a coder. The step is searched for; its value here doesn't matter.
+    mse
+        The wish: a mean squared error a weight of at most this.
+    bits
+        The wish: at most so many bits a weight, and the least error at that.
+    evaluate
+        The wish: a loss of at most ``baseline + within * abs(baseline)``. It gets a state dict (names, aliases too, to
+        tensors in their own dtypes, which it may change) and returns a number.
+    within
+        Share of the baseline's loss that may be added.
+    evaluations
+        How often ``evaluate`` may be called.
+    jobs
+        Threads that quantise and encode; the result doesn't depend on them.
+    progress
+        Called after each trial with the number of trials so far, and the trial's loss, error or bits.
+
+    Returns
+    -------
+    Quantisation
+        The decoded file holds the very weights that ``loss`` and ``distortion`` were measured on.
+
+    Raises
+    ------
+    SpecError
+        Not exactly one wish, a wish that makes no sense, or an estimator without a step.
+    WeightsError
+        No step meets the wish; a tensor holds NaN or infinity; the baseline's loss isn't finite.
+    KComplexError
+        The source can't be read, or the file can't be written.
+
+    Notes
+    -----
+    The steps are in proportion to one global step, found by bisection: equal steps, which are best for the squared
+    error, and steps relative to each tensor's root mean square. For a loss, each tensor's step is then made wider or
+    narrower by the bits that it saves and the loss that it adds, and the tensors are coarsened one by one.
+    """
+    code = _searchable(estimator)
+    _check_wishes(mse, bits, evaluate, within, evaluations)
+    refuse_overwriting(Path(path), source)
+    with nullcontext(source) if isinstance(source, Weights) else open_weights(source) as weights:
+        trials = Trials(source, weights, code, jobs, progress)
+        if evaluate is not None:
+            outcome, baseline, limit = trials.by_loss(evaluate, within, evaluations)
+            told = _written(path, trials, outcome.steps)
+            return replace(told, loss=outcome.loss, baseline=baseline, limit=limit, evaluations=trials.count)
+        if mse is not None:
+            return _written(path, trials, trials.by_error(mse))
+        assert bits is not None
+        return _written(path, trials, trials.by_length(bits))
+
+
+def _written(path: str | os.PathLike[str], trials: Trials, steps: Steps) -> Quantisation:
+    code = trials.code_with(steps)
+    size = encode_file(trials.source, path, code, jobs=trials.jobs)
+    with Container(path) as container:
+        errors = container.notes.inexact
+        tensors = tuple(
+            SteppedTensor(
+                name := entry.names[0],
+                entry.shape,
+                math.prod(entry.shape),
+                steps.get(name),
+                8 * entry.length,
+                errors.get(name, 0.0),
+            )
+            for entry in container.entries
+        )
+    elements = trials.weights.elements
+    distortion = sum(errors.values()) / max(elements, 1)
+    return Quantisation(code.spec, trials.global_step(steps), tensors, elements, 8 * size, distortion)
+
+
+def _searchable(estimator: str | Estimator) -> QuantisedCode:
+    code = build_estimator(estimator)
+    if not isinstance(code, QuantisedCode):
+        raise SpecError(f"{code.spec!r} isn't a quantiser and a coder: write for example {DEFAULT_ESTIMATOR!r}")
+    quantiser: Any = code.quantiser
+    if not any(field.name == "step" for field in dataclasses.fields(quantiser)):
+        raise SpecError(f"the quantiser {code.quantiser.name!r} has no option 'step' to search for: use 'grid'")
+    return code
+
+
+def _check_wishes(
+    mse: float | None, bits: float | None, evaluate: Evaluate | None, within: float, evaluations: int
+) -> None:
+    if sum(wish is not None for wish in (mse, bits, evaluate)) != 1:
+        raise SpecError("give exactly one of mse, bits and evaluate: it decides how coarse the weights become")
+    for name, value in (("mse", mse), ("bits", bits)):
+        if value is not None and not (math.isfinite(value) and value > 0):
+            raise SpecError(f"{name} must be above 0 and finite, not {value}")
+    if not (math.isfinite(within) and within >= 0):
+        raise SpecError(f"within is a share of the baseline's loss, 0 or above, not {within}")
+    if evaluations < 2:
+        raise SpecError(f"evaluations must be at least 2 (the baseline and one trial), not {evaluations}")

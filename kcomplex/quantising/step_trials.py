@@ -1,0 +1,178 @@
+"""Trials of steps: the tensors quantised with them, what they cost, and the search for those that meet a wish."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+
+from kcomplex.errors import WeightsError
+from kcomplex.estimators.pipeline import QuantisedCode, QuantisedTensor, finite_values, is_quantisable
+from kcomplex.kcz.container import encode_file
+from kcomplex.quantising.step_search import FINE, LossSearch, Outcome, Steps, boundary, length_probe, mean_square_probe
+from kcomplex.quantising.stepped_code import SteppedCode, with_step
+from kcomplex.weights import Source, TensorHandle, Weights
+
+# Steps are sought between these logarithms to the base of 2: of a tensor's root mean square, and of its largest
+# magnitude.
+_FINEST, _COARSEST = -22.0, 2.0
+_START = -2.0
+
+Evaluate: TypeAlias = Callable[[dict[str, torch.Tensor]], Any]
+Progress: TypeAlias = Callable[[int, float], None]
+
+
+class Trials:
+    """The tensors that are quantised, with what is measured of them.
+
+    Attributes
+    ----------
+    count
+        How many trials there were.
+    """
+
+    def __init__(
+        self, source: Source, weights: Weights, code: QuantisedCode, jobs: int, progress: Progress | None
+    ) -> None:
+        self.source, self.weights, self.code = source, weights, code
+        self.jobs, self.progress = jobs, progress
+        self.handles = [handle for handle in weights.values() if is_quantisable(handle.dtype) and handle.elements]
+        if not self.handles:
+            raise WeightsError(f"{weights.source}: there is no floating-point tensor to quantise")
+        self.sizes = {handle.name: handle.elements for handle in self.handles}
+        self.shared = code.prepare(weights)
+        self.count = 0
+        self.kept: dict[str, tuple[float, QuantisedTensor]] = {}
+        largest, scales = {}, {}
+        for handle in self.handles:
+            magnitudes = np.abs(finite_values(handle.read(), code.quantiser, handle).astype(np.float64))
+            largest[handle.name] = float(magnitudes.max())
+            # As shares of the largest, so that nothing overflows.
+            shares = magnitudes / (largest[handle.name] or 1.0)
+            scales[handle.name] = largest[handle.name] * math.sqrt(float(np.square(shares).mean()))
+        top, total = max(scales.values()) or 1.0, sum(self.sizes.values())
+        mean = top * math.sqrt(math.fsum((scales[name] / top) ** 2 * size / total for name, size in self.sizes.items()))
+        self.equal = dict.fromkeys(self.sizes, mean or 1.0)
+        self.relative = {name: scale or mean or 1.0 for name, scale in scales.items()}
+        self.highest = max(
+            max(math.log2(largest[name] / unit[name]) if largest[name] else 0.0 for name in self.sizes)
+            for unit in (self.equal, self.relative)
+        )
+        self.highest += _COARSEST
+
+    def by_error(self, limit: float) -> dict[str, float]:
+        """Return the largest equal steps whose mean squared error is within a limit."""
+
+        def error(place: float) -> float:
+            quantised = self._quantised(self._equal(place))
+            return self._tell(sum(item.squared_error for item in quantised.values()) / self.weights.elements)
+
+        place = boundary(mean_square_probe(error, limit), _START, _FINEST, self.highest, FINE)
+        if place is None:
+            raise WeightsError(f"no step has a mean squared error of {limit:.6g}: use a lossless code")
+        return self._equal(place)
+
+    def by_length(self, limit: float) -> dict[str, float]:
+        """Return the smallest equal steps whose bits a weight are within a limit."""
+        with tempfile.TemporaryDirectory() as folder:
+
+            def bits(fineness: float) -> float:
+                steps = self._equal(-fineness)
+                return self._tell(self._bits(Path(folder), steps) / self.weights.elements)
+
+            fineness = boundary(length_probe(bits, limit), -_START, -self.highest, -_FINEST, FINE)
+        if fineness is None:
+            raise WeightsError(
+                f"names, shapes and the coarsest step take more than {limit:.6g} bits a weight: allow more bits"
+            )
+        return self._equal(-fineness)
+
+    def by_loss(self, evaluate: Evaluate, within: float, evaluations: int) -> tuple[Outcome, float, float]:
+        """Return the outcome with the shortest code found, the baseline's loss, and the largest that was allowed."""
+
+        def loss(steps: Steps) -> float:
+            return self._tell(_number(evaluate(self._state_dict(steps))))
+
+        baseline = loss({})
+        if not math.isfinite(baseline):
+            raise WeightsError(f"the loss of the weights as they are is {baseline}: there is nothing to compare with")
+        limit = baseline + within * abs(baseline)
+        with tempfile.TemporaryDirectory() as folder:
+            search = LossSearch(
+                loss,
+                lambda steps: self._bits(Path(folder), steps),
+                self._tensor_bits,
+                baseline,
+                limit,
+                evaluations - 1,
+            )
+            outcome = search.run([self.equal, self.relative], _FINEST, self.highest, _START, self.sizes)
+        return outcome, baseline, limit
+
+    def _equal(self, place: float) -> dict[str, float]:
+        return {name: unit * 2**place for name, unit in self.equal.items()}
+
+    def _tell(self, number: float) -> float:
+        self.count += 1
+        if self.progress is not None:
+            self.progress(self.count, number)
+        return number
+
+    def _quantised(self, steps: Steps) -> dict[str, QuantisedTensor]:
+        """Return the quantised tensors; those whose step hasn't changed since the last call aren't made anew."""
+
+        def quantise(handle: TensorHandle) -> tuple[float, QuantisedTensor]:
+            step = steps[handle.name]
+            kept = self.kept.get(handle.name)
+            if kept is not None and kept[0] == step:
+                return kept
+            return step, QuantisedTensor(with_step(self.code, step).quantiser, handle, self.shared)
+
+        wanted = [handle for handle in self.handles if handle.name in steps]
+        if self.jobs == 1 or len(wanted) < 2:
+            made = [quantise(handle) for handle in wanted]
+        else:
+            from joblib import Parallel, delayed
+
+            made = Parallel(n_jobs=self.jobs, prefer="threads")(delayed(quantise)(handle) for handle in wanted)
+        self.kept = {handle.name: item for handle, item in zip(wanted, made, strict=True)}
+        return {name: quantised for name, (_, quantised) in self.kept.items()}
+
+    def _state_dict(self, steps: Steps) -> dict[str, torch.Tensor]:
+        """Return all tensors, quantised where they have a step, as copies that a caller may change."""
+        quantised = self._quantised(steps)
+        tensors = {}
+        for handle in self.weights.values():
+            made = quantised.get(handle.name)
+            tensor = (handle.read() if made is None else made.decoded).detach().clone()
+            tensors.update(dict.fromkeys((handle.name, *handle.aliases), tensor))
+        return tensors
+
+    def code_with(self, steps: Steps) -> SteppedCode:
+        """Return the code with a step for each tensor."""
+        return SteppedCode(with_step(self.code, self.global_step(steps)), steps)
+
+    def global_step(self, steps: Steps) -> float:
+        """Return the mean of steps, on a logarithmic scale and by number of weights."""
+        octaves = math.fsum(self.sizes[name] * math.log2(step) for name, step in steps.items())
+        # Few digits: the file tells this step too, and no tensor has it.
+        return float(f"{2 ** (octaves / sum(self.sizes.values())):.4g}")
+
+    def _bits(self, folder: Path, steps: Steps) -> float:
+        return 8 * encode_file(self.source, folder / "trial.kcz", self.code_with(steps), jobs=self.jobs)
+
+    def _tensor_bits(self, name: str, step: float) -> float:
+        coded = with_step(self.code, step).fresh().encode_tensor(self.weights[name], self.shared)
+        return 8.0 * len(coded.to_bytes())
+
+
+def _number(loss: Any) -> float:
+    try:
+        return float(loss)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise WeightsError(f"the evaluation returned a {type(loss).__name__}, not a number") from error

@@ -1,0 +1,1 @@
+"""Sources: a path, a state dict or a live module becomes weights."""

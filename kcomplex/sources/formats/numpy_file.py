@@ -1,0 +1,233 @@
+"""NumPy's ``.npy`` and ``.npz`` files. Pickled objects in them are never loaded."""
+
+from __future__ import annotations
+
+import io
+import math
+import warnings
+import zipfile
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import torch
+from numpy.lib import format as npy
+from numpy.typing import NDArray
+
+from kcomplex.sources.formats.content import is_torch_archive, kind_of, zip_names
+from kcomplex.sources.formats.guard import Refused, check_distinct, check_shape, guarded
+from kcomplex.sources.formats.mapped_file import MappedFile
+from kcomplex.weights import DTYPES, SkippedTensor, TensorHandle, Weights
+
+# NumPy refuses headers of more than 10,000 characters; a header that claims more is never read.
+_HEADER_BYTES = 1 << 14
+_CHUNK_BYTES = 1 << 20
+# Deflate makes at most 1032 bytes of one (and a little at the ends); a member that claims more lies.
+_DEFLATE_LIMIT = 1032
+_ENCRYPTED = 0x1
+# What ends a zip file, but for its comment; a count of members of 0xFFFF stands for one that doesn't fit.
+_END_RECORD_BYTES = 22
+_MANY_MEMBERS = 0xFFFF
+# An .npy file doesn't name its array.
+_NAME = "tensor"
+
+
+class NpyFile:
+    """One ``.npy`` file: a single tensor called ``tensor``, memory-mapped."""
+
+    @staticmethod
+    def recognises(path: Path) -> bool:
+        """Return whether the file starts like ``.npy``, or is called so and starts like nothing known."""
+        kind = kind_of(path)
+        return kind == "npy" or (kind == "unknown" and path.suffix == ".npy" and path.is_file())
+
+    @staticmethod
+    def open(path: Path) -> Weights:
+        """Return the weights, reading the header only.
+
+        Raises
+        ------
+        FormatError
+            The header is broken, or doesn't fit the file.
+        """
+        with guarded(path), ExitStack() as stack:
+            file = MappedFile(path)
+            stack.callback(file.close)
+            header = _read_header(io.BytesIO(file.window(0, min(file.size, _HEADER_BYTES)).tobytes()))
+            if not header.reason:
+                header.check_size(file.size)
+            resources = stack.pop_all()
+        if header.reason:
+            return Weights((), [header.skipped(_NAME)], str(path), resources)
+        handle = TensorHandle(_NAME, header.shape, header.torch_dtype, _window_reader(path, file, header))
+        return Weights([handle], (), str(path), resources)
+
+
+class NpzFile:
+    """One ``.npz`` file: a zip of ``.npy`` files, each read when it is asked for."""
+
+    @staticmethod
+    def recognises(path: Path) -> bool:
+        """Return whether the file is a zip of ``.npy`` members, or is called ``.npz`` and is nothing else known."""
+        kind = kind_of(path)
+        if kind == "zip":
+            names = zip_names(path)
+            by_content = any(name.endswith(".npy") for name in names)
+            return (by_content or path.suffix == ".npz") and not is_torch_archive(names)
+        return kind == "unknown" and path.suffix == ".npz" and path.is_file()
+
+    @staticmethod
+    def open(path: Path) -> Weights:
+        """Return the weights, reading the headers of the members only.
+
+        Raises
+        ------
+        FormatError
+            The zip file or a header is broken, or a member claims more than its compressed bytes can hold.
+        """
+        with guarded(path), ExitStack() as stack:
+            archive = stack.enter_context(zipfile.ZipFile(path))
+            size = path.stat().st_size
+            _check_directory(path, archive, size)
+            tensors, skipped = [], []
+            for member in archive.infolist():
+                name = member.filename.removesuffix(".npy")
+                with guarded(path, name):
+                    _check_member(member, size)
+                    with archive.open(member) as file:
+                        head = file.read(_HEADER_BYTES)
+                    if name == member.filename:
+                        skipped.append(SkippedTensor(name, "not an array but another kind of file"))
+                        continue
+                    header = _read_header(io.BytesIO(head))
+                    if header.reason:
+                        skipped.append(header.skipped(name))
+                        continue
+                    header.check_size(member.file_size)
+                load = _member_reader(path, archive, member, name, header)
+                tensors.append(TensorHandle(name, header.shape, header.torch_dtype, load))
+            resources = stack.pop_all()
+        return Weights(tensors, skipped, str(path), resources)
+
+
+@dataclass(frozen=True)
+class _Header:
+    """An ``.npy`` header; `offset` is where the data starts, `reason` why it can't be measured (or empty)."""
+
+    shape: tuple[int, ...]
+    fortran: bool
+    dtype: np.dtype[Any]
+    offset: int
+
+    @property
+    def reason(self) -> str:
+        if self.dtype.hasobject:
+            return "object arrays are pickles, which are never loaded"
+        if self.dtype.kind == "V":
+            return f"dtype {self.dtype.str} (structured, or an extension type such as bfloat16) isn't supported"
+        return "" if self.dtype.name in DTYPES else f"dtype {self.dtype.name} isn't supported"
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return DTYPES[self.dtype.name]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def skipped(self, name: str) -> SkippedTensor:
+        return SkippedTensor(name, self.reason, self.shape, self.dtype.name)
+
+    def check_size(self, size: int) -> None:
+        """Refuse an array that doesn't fill its file of `size` bytes exactly."""
+        there = size - self.offset
+        if there < self.nbytes:
+            raise Refused(
+                f"truncated: shape {self.shape} of {self.dtype} takes {self.nbytes:,} bytes, but {there:,} are there"
+            )
+        if there > self.nbytes:
+            raise Refused(f"{there - self.nbytes:,} bytes follow the array of shape {self.shape} and {self.dtype}")
+
+    def tensor(self, data: NDArray[np.uint8]) -> torch.Tensor:
+        """Return the tensor of the array's bytes, sharing their memory where it can."""
+        array = data.view(self.dtype)
+        if not self.dtype.isnative:
+            array = array.byteswap().view(self.dtype.newbyteorder("="))
+        elif not array.flags.aligned:
+            array = array.copy()
+        return torch.from_numpy(array.reshape(self.shape, order="F" if self.fortran else "C"))
+
+
+def _read_header(file: IO[bytes]) -> _Header:
+    with warnings.catch_warnings():
+        # NumPy warns about headers that Python 2 wrote, and Python about odd literals in hostile ones.
+        warnings.simplefilter("ignore")
+        version = npy.read_magic(file)
+        if version == (1, 0):
+            shape, fortran, dtype = npy.read_array_header_1_0(file)
+        elif version in ((2, 0), (3, 0)):
+            # Version 3 differs in the encoding of field names only, and structured arrays are skipped anyway.
+            shape, fortran, dtype = npy.read_array_header_2_0(file)
+        else:
+            raise Refused(f"version {version} of the npy format isn't known")
+    check_shape(shape)
+    return _Header(tuple(map(int, shape)), fortran, dtype, file.tell())
+
+
+def _check_directory(path: Path, archive: zipfile.ZipFile, size: int) -> None:
+    """Refuse a table of contents that lost members, which zipfile doesn't notice, or has two of one name."""
+    names = archive.namelist()
+    end = size - _END_RECORD_BYTES - len(archive.comment)
+    with path.open("rb") as file:
+        file.seek(end)
+        count = int.from_bytes(file.read(_END_RECORD_BYTES)[10:12], "little")
+    if count not in (len(names), _MANY_MEMBERS) or (not names and end > 0):
+        raise Refused(f"corrupted: its table of contents lists {len(names)} members, not {count}")
+    check_distinct(names)
+
+
+def _check_member(member: zipfile.ZipInfo, archive_size: int) -> None:
+    """Refuse a zip member that lies about its size, or that NumPy can't have written."""
+    if member.flag_bits & _ENCRYPTED:
+        raise Refused("encrypted members aren't supported")
+    if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise Refused(f"compression method {member.compress_type} isn't supported: NumPy stores or deflates")
+    if member.header_offset + member.compress_size > archive_size:
+        raise Refused(f"truncated: {member.compress_size:,} compressed bytes are beyond the file's {archive_size:,}")
+    stored = member.compress_type == zipfile.ZIP_STORED
+    limit = member.compress_size if stored else _DEFLATE_LIMIT * (member.compress_size + 1)
+    if member.file_size > limit:
+        raise Refused(f"claims {member.file_size:,} bytes, but {member.compress_size:,} can't hold more than {limit:,}")
+
+
+def _window_reader(path: Path, file: MappedFile, header: _Header) -> Callable[[], torch.Tensor]:
+    @guarded(path, _NAME)
+    def load() -> torch.Tensor:
+        return header.tensor(file.window(header.offset, header.nbytes))
+
+    return load
+
+
+def _member_reader(
+    path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo, name: str, header: _Header
+) -> Callable[[], torch.Tensor]:
+    @guarded(path, name)
+    def load() -> torch.Tensor:
+        data = np.empty(header.nbytes, np.uint8)
+        with archive.open(member) as file:
+            file.read(header.offset)
+            for start in range(0, header.nbytes, _CHUNK_BYTES):
+                part = data[start : start + _CHUNK_BYTES]
+                chunk = file.read(len(part))
+                if len(chunk) < len(part):
+                    raise Refused(f"truncated: {start + len(chunk):,} bytes instead of {header.nbytes:,}")
+                part[:] = np.frombuffer(chunk, np.uint8)
+            # Only at the end does zipfile compare the checksum.
+            if file.read(1):
+                raise Refused("the member holds more than its array")
+        return header.tensor(data)
+
+    return load

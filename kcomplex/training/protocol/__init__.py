@@ -1,0 +1,1 @@
+"""What every training mode is, and what drives it."""

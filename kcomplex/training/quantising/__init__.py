@@ -1,0 +1,1 @@
+"""Training modes that quantise, and what a quantised network costs to run."""

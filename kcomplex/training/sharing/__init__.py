@@ -1,0 +1,1 @@
+"""Training modes whose weights share values, motifs or factors."""

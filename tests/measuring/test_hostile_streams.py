@@ -1,0 +1,224 @@
+"""What a stranger's file may not do: run code, crash a reader, or come back as other weights."""
+
+import json
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import kcomplex as kc
+from kcomplex.compressors.context.context import Context
+from kcomplex.errors import KComplexError, SpecError, StreamError
+from kcomplex.estimators.estimator import CHUNK_WORDS
+from kcomplex.estimators.given import Given
+from kcomplex.estimators.pipeline import build_decoder
+from kcomplex.estimators.structure import encode_structure, varint
+from kcomplex.kcz.container import Container, decode_file, encode_file
+from kcomplex.kcz.index import MAGIC, _read_notes, _trailer, digest_of
+from kcomplex.machine import limits as memory
+from kcomplex.quantising.quantisation import quantise_file
+from kcomplex.weights import TensorHandle, Weights
+
+
+def weights(seed: int = 0) -> dict[str, torch.Tensor]:
+    random = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(40, 30, generator=random).mul(8).round().to(torch.int8) for name in "abc"}
+
+
+@pytest.mark.parametrize("inner", ["seed:factory=os:system,seed=0,command=touch ran", "ran.pt"])
+def test_nested_given_weights_are_refused_unopened(inner, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SpecError, match="twice"):
+        build_decoder(f"given:digest:00|given:{inner}|lin")
+    assert not (tmp_path / "ran").exists()
+    with pytest.raises(SpecError, match="twice"):
+        build_decoder("given:digest:0|" * 3000 + "lin")
+
+
+def test_what_is_given_is_refused_where_a_specification_could_not_name_it():
+    with pytest.raises(SpecError, match="ends it"):
+        Given.of("seed:factory=package:function,x=a|b")
+    with pytest.raises(SpecError, match="isn't of the form"):
+        Given.of("seed:factory=package:function,seed=" + "9" * 5000)
+
+
+def test_weights_that_changed_are_given_under_a_digest_of_their_own():
+    given = {"a": torch.zeros(30, 30)}
+    code = kc.build_estimator("zstd", given)
+    first = kc.encode_checkpoint({"a": torch.ones(30, 30)}, code)
+    given["a"] += 0.5
+    second = kc.encode_checkpoint({"a": torch.ones(30, 30)}, code)
+    assert torch.equal(kc.decode_checkpoint(second, given=given)["a"], torch.ones(30, 30))
+    assert torch.equal(kc.decode_checkpoint(first, given={"a": torch.zeros(30, 30)})["a"], torch.ones(30, 30))
+    with pytest.raises(StreamError, match="other weights"):
+        kc.decode_checkpoint(first, given=given)
+
+
+def test_a_damaged_tensor_does_not_spoil_those_before_it(tmp_path):
+    tensors, path = weights(), tmp_path / "w.kcz"
+    encode_file(tensors, path, "mix")
+    with Container(path) as container:
+        offset = next(stream.offset for stream in container._streams if stream.tensor == 1)
+    data = bytearray(path.read_bytes())
+    data[offset + 40] ^= 1
+    path.write_bytes(data)
+    with Container(path) as container:
+        with pytest.raises(StreamError, match="'b'"):
+            container.tensor("c")
+        assert torch.equal(container.tensor("a"), tensors["a"])
+
+
+def test_tensors_are_read_while_others_are_iterated(tmp_path):
+    tensors, path = weights(), tmp_path / "w.kcz"
+    encode_file(tensors, path, "mix")
+    with Container(path) as container:
+        for entry, _, tensor in container.pieces():
+            assert torch.equal(container.tensor("a"), tensors["a"])
+            assert torch.equal(tensor, tensors[entry.names[0]])
+
+
+def test_integers_far_from_their_middle_come_back():
+    symbols = np.full((64, 64), -(2**48 - 1))
+    symbols[0, :5] = 2**48 - 1
+    coder = Context()
+    assert np.array_equal(coder.decode(coder.encode(symbols), symbols.shape, symbols.dtype), symbols)
+
+
+@pytest.mark.parametrize("coder", ["context", "mix"])
+def test_a_middle_beyond_64_bits_is_refused(coder):
+    symbols = np.arange(-20, 20).reshape(5, 8)
+    code = kc.build_estimator(coder)
+    stream = code.encode(symbols)
+    # The middle, 0, is the byte after the first.
+    beyond = stream[:1] + b"\x80" * 9 + b"\x7e" + stream[2:]
+    with pytest.raises(StreamError, match="counted from"):
+        code.decode(beyond, (50, 80), symbols.dtype)
+
+
+def write_constant(path: Path, version: int, spec: str, elements: int) -> None:
+    """Write a file of one constant tensor of int8 in one piece: a few bytes for every 16 million weights."""
+    coder = kc.build_estimator(spec)
+    one = coder.encode_tensor(TensorHandle("w", (1000,), torch.int8, lambda: torch.ones(1000, dtype=torch.int8)), b"")
+    chunks = elements // CHUNK_WORDS
+    data = bytes([len(one.to_bytes())]) * (chunks - 1) + one.to_bytes() * chunks
+    announced = Weights([TensorHandle("w", (elements,), torch.int8, lambda: torch.empty(0))])
+    index = encode_structure(coder.full_spec, announced, 0, [len(data)]) + (b"" if version == 1 else varint(0))
+    index += digest_of(b"") + digest_of(data) + zlib.compress(b"{}")
+    head = MAGIC + bytes([version])
+    path.write_bytes(head + data + index + _trailer(head, index))
+
+
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("spec", ["context", "entropy", "palette|context", "uniform:bits=4|context"])
+def test_a_constant_tensor_claims_no_more_memory_than_there_is(version, spec, tmp_path):
+    path = tmp_path / "w.kcz"
+    write_constant(path, version, spec, 2 * CHUNK_WORDS)
+    with Container(path) as container:
+        assert torch.equal(container.tensor("w"), torch.ones(2 * CHUNK_WORDS, dtype=torch.int8))
+    write_constant(path, version, spec, 1 << 45)
+    with Container(path) as container:
+        with pytest.raises(StreamError, match=r"'w' can't be decoded: it claims 70368.7 GB of memory"):
+            container.tensor("w")
+        with pytest.raises(StreamError, match="claims"):
+            next(container.pieces())
+    with pytest.raises(StreamError, match="claims"):
+        decode_file(path, tmp_path / "back.safetensors")
+    assert not (tmp_path / "back.safetensors").exists()
+
+
+def test_tensors_together_claim_no_more_memory_than_there_is(monkeypatch):
+    stream = kc.encode_checkpoint({name: torch.zeros(CHUNK_WORDS, dtype=torch.int8) for name in "abcdef"}, "context")
+    assert len(kc.decode_checkpoint(stream)) == 6
+    monkeypatch.setattr(memory, "free_memory", lambda: 6 * CHUNK_WORDS)
+    with pytest.raises(StreamError, match=r"claims .* of memory where"):
+        kc.decode_checkpoint(stream)
+    monkeypatch.setattr(memory, "free_memory", lambda: None)
+    assert len(kc.decode_checkpoint(stream)) == 6
+
+
+def test_free_memory_is_what_the_system_tells(monkeypatch, tmp_path):
+    told = tmp_path / "meminfo"
+    told.write_text("MemTotal: 9 kB\nMemAvailable:  5 kB\n")
+    monkeypatch.setattr(memory, "_KERNEL", told)
+    groups = [group._replace(folder=tmp_path / str(place)) for place, group in enumerate(memory._GROUPS)]
+    for group in groups:
+        monkeypatch.setattr(memory, "_GROUPS", [group])
+        assert memory.free_memory() == 5 * 1024
+        group.folder.mkdir()
+        # Of what is used, files can go, but for those that are nowhere else.
+        (group.folder / "memory.stat").write_text(f"anon 400\n{group.files} 500\n{group.shared} 200\n")
+        (group.folder / group.used).write_text("900\n")
+        for text, free in (("max", 5 * 1024), (str((1 << 63) - 4096), 5 * 1024), ("3000\n", 2400), ("500", 0)):
+            (group.folder / group.limit).write_text(text)
+            assert memory.free_memory() == free
+    monkeypatch.setattr(memory, "_KERNEL", tmp_path / "absent")
+    (groups[0].folder / "memory.max").write_text("3000")
+    monkeypatch.setattr(memory, "_GROUPS", groups[:1])
+    assert memory.free_memory() == 2400
+    monkeypatch.setattr(memory, "_GROUPS", [])
+    monkeypatch.setattr(memory.os, "sysconf", {"SC_PHYS_PAGES": 7, "SC_PAGE_SIZE": 100}.__getitem__)
+    assert memory.free_memory() == 700
+    monkeypatch.delattr(memory.os, "sysconf")
+    assert memory.free_memory() is None
+
+
+def test_a_tensor_in_pieces_needs_hardly_more_than_itself(monkeypatch, tmp_path):
+    tensor = torch.arange(1 << 24, dtype=torch.int32)
+    encode_file({"w": tensor}, tmp_path / "w.kcz", "raw")
+    with Container(tmp_path / "w.kcz") as container:
+        monkeypatch.setattr(memory, "free_memory", lambda: tensor.nbytes * 3 // 2)
+        assert torch.equal(container.tensor("w"), tensor)
+        monkeypatch.setattr(memory, "free_memory", lambda: tensor.nbytes)
+        with pytest.raises(StreamError, match=r"'w' can't be decoded: it claims 0\.1 GB"):
+            container.tensor("w")
+
+
+@pytest.mark.parametrize(
+    "notes",
+    [
+        '{"order":5}',
+        '{"order":[[]]}',
+        '{"order":["other"]}',
+        '{"order":["a","a"]}',
+        '{"metadata":[1]}',
+        '{"metadata":{"a":1}}',
+        '{"inexact":[1]}',
+        '{"inexact":{"a":"x"}}',
+        '{"inexact":{"other":1}}',
+        "[" * 100_000,
+        "[]",
+    ],
+)
+def test_notes_that_make_no_sense_are_refused(notes):
+    with pytest.raises(StreamError, match="notes"):
+        _read_notes(zlib.compress(notes.encode()), {"a", "b"})
+    told = {"metadata": {"k": "v"}, "order": ["b", "a"], "inexact": {"a": 0.5}}
+    assert _read_notes(zlib.compress(json.dumps(told).encode()), {"a", "b"}).order == ("b", "a")
+
+
+def test_nothing_overwrites_what_it_is_made_of(tmp_path):
+    import safetensors.torch
+
+    plain, packed = tmp_path / "w.safetensors", tmp_path / "w.kcz"
+    safetensors.torch.save_file(weights(), plain)
+    encode_file(plain, packed, "zstd")
+    before = plain.read_bytes(), packed.read_bytes()
+    (tmp_path / "link").symlink_to(plain)
+    for write in (
+        lambda: encode_file(plain, plain, "zstd"),
+        lambda: encode_file(plain, tmp_path / "link", "zstd"),
+        lambda: encode_file({"a": torch.ones(3)}, plain, "zstd", given=plain),
+        lambda: decode_file(packed, packed),
+        lambda: quantise_file(plain, plain, mse=1e-3),
+    ):
+        with pytest.raises(KComplexError, match="another name"):
+            write()
+    assert (plain.read_bytes(), packed.read_bytes()) == before
+
+
+def test_huge_weights_have_a_squared_error_that_is_infinite_not_a_crash(tmp_path):
+    huge = {"w": torch.randn(8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 1e200}
+    with np.errstate(over="ignore"), pytest.raises(KComplexError):
+        quantise_file(huge, tmp_path / "w.kcz", mse=1.0)
