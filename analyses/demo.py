@@ -141,7 +141,7 @@ def demo_table(paths: list[Path]) -> pd.DataFrame:
 
 
 def _non_zeros(path: Path) -> int:
-    from kcomplex.weights import open_weights
+    from kcomplex.sources.open import open_weights
 
     with open_weights(path) as weights:
         return sum(int((handle.values() != 0).sum()) for handle in weights.values())

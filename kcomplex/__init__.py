@@ -12,20 +12,20 @@ if TYPE_CHECKING:
     from kcomplex import modes as modes
     from kcomplex.errors import KComplexError as KComplexError
     from kcomplex.estimators.description import Description as Description
-    from kcomplex.estimators.description import Descriptions as Descriptions
     from kcomplex.estimators.pipeline import build_estimator as build_estimator
+    from kcomplex.measuring.descriptions import Descriptions as Descriptions
     from kcomplex.measuring.measure import describe as describe
     from kcomplex.measuring.stream import decode_checkpoint as decode_checkpoint
     from kcomplex.measuring.stream import encode_checkpoint as encode_checkpoint
+    from kcomplex.sources.open import open_weights as open_weights
     from kcomplex.tracking.frames import load_runs as load_runs
     from kcomplex.tracking.tracker import Tracker as Tracker
     from kcomplex.tracking.tracker import attach as attach
     from kcomplex.weights import Weights as Weights
-    from kcomplex.weights import open_weights as open_weights
 
 _PUBLIC = {
     "Description": "kcomplex.estimators.description",
-    "Descriptions": "kcomplex.estimators.description",
+    "Descriptions": "kcomplex.measuring.descriptions",
     "KComplexError": "kcomplex.errors",
     "Tracker": "kcomplex.tracking.tracker",
     "Weights": "kcomplex.weights",
@@ -35,7 +35,7 @@ _PUBLIC = {
     "encode_checkpoint": "kcomplex.measuring.stream",
     "build_estimator": "kcomplex.estimators.pipeline",
     "load_runs": "kcomplex.tracking.frames",
-    "open_weights": "kcomplex.weights",
+    "open_weights": "kcomplex.sources.open",
 }
 __all__ = [*_PUBLIC, "__version__", "modes"]
 

@@ -16,8 +16,8 @@ import torch
 
 from kcomplex.errors import SourceNotFoundError, SpecError
 from kcomplex.estimators.pipeline import build_estimator
-from kcomplex.training.protocol.mode import mode
 from kcomplex.training.protocol.schedule import Schedule
+from kcomplex.training.protocol.sequence import mode
 
 from .networks.networks import network
 

@@ -15,8 +15,9 @@ from torch.nn.functional import cross_entropy
 from kcomplex.errors import RunError, SpecError
 from kcomplex.machine.files import replacing
 from kcomplex.training.protocol.batch_norm import reestimate_batch_norm
-from kcomplex.training.protocol.mode import Mode, ParameterGroups, mode
+from kcomplex.training.protocol.mode import Mode, ParameterGroups
 from kcomplex.training.protocol.schedule import Course, Phase, Verdict
+from kcomplex.training.protocol.sequence import mode
 
 from .data.augmentation import crop_and_flip, shift
 from .data.data import Dataset, Split

@@ -20,9 +20,9 @@ from kcomplex.weights import TensorHandle, tensor_from_words, words_of
 from ..context.context import Context
 from ..entropy.entropy import Entropy
 from ..general.raw import Raw
-from ..mix.matrix import folded
 from ..tables.alphabet import histogram
 from ..tables.block_labels import block_keys
+from ..tables.numbers import folded
 from ..transforms.palette import Palette
 from ..transforms.planes import Planes
 

@@ -15,8 +15,8 @@ from kcomplex.estimators.description import STRUCTURE
 from kcomplex.estimators.estimator import Coder, Part, Shape, Symbols
 from kcomplex.estimators.structure import Reader, varint
 
-from ..mix.matrix import eighths_of_octaves, folded, octave_fraction, read_middle, zigzag
 from ..tables.centring import centre
+from ..tables.numbers import eighths_of_octaves, folded, octave_fraction, read_middle, zigzag
 from ..tables.words import byte_size, from_bytes, to_bytes
 from .magnitude_tokens import MOST_MAGNITUDE, join_tokens, split_tokens
 from .model import (

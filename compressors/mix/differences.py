@@ -14,6 +14,7 @@ from kcomplex.estimators.description import STRUCTURE
 from kcomplex.estimators.estimator import Coder, Part, Shape, Symbols
 from kcomplex.estimators.structure import Reader, varint
 
+from ..tables.numbers import eighths_of_octaves, folded, unzigzag, zigzag
 from .binary_coder import as_bytes
 from .difference_rows import (
     FIELDS,
@@ -38,14 +39,10 @@ from .matrix import (
     MatrixCode,
     Memory,
     RowModel,
-    eighths_of_octaves,
-    folded,
     layouts,
     pack_choices,
     read_choices,
     shortest,
-    unzigzag,
-    zigzag,
 )
 
 _SAME, _ZEROS, _NEGATIVE_ZEROS, _OFFSET, _LOW_RANK = 8, 16, 32, 64, 128

@@ -15,6 +15,7 @@ from kcomplex.estimators.description import STRUCTURE
 from kcomplex.estimators.estimator import Coder, Part, Shape, Symbols
 from kcomplex.estimators.structure import Reader, varint
 
+from ..tables.numbers import eighths_of_octaves, folded, octave_fraction, unzigzag, zigzag
 from ..tables.words import from_bytes
 from .binary_coder import as_bytes
 from .float_rows import (
@@ -35,15 +36,10 @@ from .matrix import (
     MatrixCode,
     Memory,
     RowModel,
-    eighths_of_octaves,
-    folded,
     layouts,
-    octave_fraction,
     pack_choices,
     read_choices,
     shortest,
-    unzigzag,
-    zigzag,
 )
 
 _ZEROS, _NEGATIVE_ZEROS = 8, 16

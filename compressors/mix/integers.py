@@ -14,6 +14,7 @@ from kcomplex.estimators.estimator import Coder, Part, Shape, Symbols
 from kcomplex.estimators.structure import Reader, varint
 
 from ..tables.centring import centre
+from ..tables.numbers import eighths_of_octaves, folded, octave_fraction, read_middle, zigzag
 from ..tables.words import from_bytes, to_bytes
 from .binary_coder import as_bytes
 from .integer_rows import FIELDS, code_integer_rows, new_columns, new_integer_mixer, new_regression
@@ -26,15 +27,10 @@ from .matrix import (
     MatrixCode,
     Memory,
     RowModel,
-    eighths_of_octaves,
-    folded,
     layouts,
-    octave_fraction,
     pack_choices,
     read_choices,
-    read_middle,
     shortest,
-    zigzag,
 )
 
 # Integers are modelled up to this magnitude.

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from kcomplex.errors import StreamError
 from kcomplex.estimators.structure import Reader, varint
 
-from .matrix import unzigzag, zigzag
+from ..tables.numbers import unzigzag, zigzag
 
 # Rounding the factor moves what is expected by at most about so many mean differences.
 _PRECISION = 0.01

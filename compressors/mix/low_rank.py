@@ -18,8 +18,9 @@ from kcomplex.estimators.estimator import Part
 from kcomplex.estimators.structure import Reader, varint
 from kcomplex.machine.blas_threads import one_blas_thread
 
+from ..tables.numbers import unzigzag, zigzag
 from .integers import IntegerMix
-from .matrix import Integers, Memory, unzigzag, zigzag
+from .matrix import Integers, Memory
 
 Matrix = NDArray[np.float64]
 

@@ -11,10 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kcomplex.errors import StreamError
-from kcomplex.estimators.estimator import Part, Shape
+from kcomplex.estimators.estimator import Part
 from kcomplex.estimators.structure import Reader
 
-from ..tables.logistic import exponential, tables
+from ..tables.logistic import tables
 from .binary_coder import (
     POSITION,
     Bytes,
@@ -41,9 +41,6 @@ Integers: TypeAlias = NDArray[np.int64]
 PLAIN, MODELLED, TRANSPOSED, LINEAR = 0, 1, 2, 4
 # The layout without transposition and prediction.
 PLAINLY: list[tuple[int, list[int]]] = [(0, [])]
-# Vectors, and matrices with longer rows than this, are coded in rows of `_FOLD`.
-_WIDEST = 1 << 16
-_FOLD = 1024
 # Bytes that a weight can take: 49 unary decisions, zero flag, sign and 48 bits, each of at most 16 bits.
 _MOST_BYTES = 200
 _WEIGHTS_A_CALL = 1 << 16
@@ -53,7 +50,6 @@ _MOST_WEIGHTS_A_BYTE = 370_000
 _MOST_PREDICTED = 8
 # Layouts whose Gaussian gain is within so many bits a weight of the best are all tried.
 _UNCLEAR = 0.08
-_EIGHTHS = exponential(np.arange(8.0) * (0.6931471805599453 / 8))
 
 
 @dataclass
@@ -261,30 +257,6 @@ def shortest(
     return parts
 
 
-def folded(shape: Shape) -> tuple[int, int]:
-    """Return the rows and columns in which a tensor is coded: its first dimension by the others.
-
-    Vectors, and matrices with longer rows than 65536, are cut in the longest rows of at most 1024 that divide them.
-    """
-    size = math.prod(shape)
-    if len(shape) > 1 and shape[0] > 1 and size // shape[0] <= _WIDEST:
-        return shape[0], size // shape[0]
-    if size <= _FOLD:
-        return 1, size
-    width = next(width for width in range(_FOLD, 0, -1) if size % width == 0)
-    return size // width, width
-
-
-def eighths_of_octaves(magnitude: float) -> int:
-    """Return the logarithm of a positive magnitude to base 2**(1/8), rounded."""
-    return round(8 * math.log2(magnitude))
-
-
-def octave_fraction(eighths: int) -> float:
-    """Return 2**(eighths / 8), the same bits on every machine."""
-    return float(np.ldexp(_EIGHTHS[eighths % 8], eighths // 8))
-
-
 def pack_choices(choices: list[int]) -> bytes:
     """Return two choices a byte."""
     padded = [*choices, 0] if len(choices) % 2 else choices
@@ -318,30 +290,6 @@ def check_size(size: int, payload: int) -> None:
     """
     if size > (payload + 16) * _MOST_WEIGHTS_A_BYTE:
         raise StreamError(f"{payload} bytes can't hold {size} weights")
-
-
-def read_middle(reader: Reader) -> int:
-    """Return what integers are counted from.
-
-    Raises
-    ------
-    StreamError
-        It is beyond 64 bits.
-    """
-    middle = unzigzag(reader.varint())
-    if not -(1 << 63) <= middle < 1 << 63:
-        raise StreamError(f"integers can't be counted from {middle}")
-    return middle
-
-
-def zigzag(value: int) -> int:
-    """Return a non-negative integer for any: 0, -1, 1, -2 ... become 0, 1, 2, 3 ..."""
-    return 2 * value if value >= 0 else -2 * value - 1
-
-
-def unzigzag(code: int) -> int:
-    """Return the integer of a `zigzag` code."""
-    return code // 2 if code % 2 == 0 else -(code + 1) // 2
 
 
 def _calls(start: int, stop: int, width: int) -> Iterator[tuple[int, int]]:

@@ -11,7 +11,7 @@ from kcomplex.errors import StreamError
 from kcomplex.estimators.estimator import Symbols
 from kcomplex.estimators.structure import Reader, varint
 
-from ..mix.matrix import unzigzag, zigzag
+from ..tables.numbers import unzigzag, zigzag
 from ..tables.universal import decode_integers, encode_integers
 
 Floats: TypeAlias = NDArray[np.floating[Any]]

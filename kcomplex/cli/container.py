@@ -27,7 +27,7 @@ def encode(
 ) -> None:
     """Write a checkpoint as a .kcz file that decode gives back."""
     from kcomplex.kcz.container import encode_file
-    from kcomplex.weights import open_weights
+    from kcomplex.sources.open import open_weights
 
     with open_weights(path) as weights, _progress("encoding", weights.nbytes) as (bar, task):
         size = encode_file(

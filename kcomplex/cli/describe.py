@@ -16,8 +16,8 @@ from kcomplex.cli.output import GIVEN, OutputFormat, check_figure, errors, outpu
 if TYPE_CHECKING:
     import pandas as pd
 
-    from kcomplex.estimators.description import Descriptions
     from kcomplex.estimators.estimator import Estimator
+    from kcomplex.measuring.descriptions import Descriptions
     from kcomplex.weights import TensorHandle, Weights
 
 
@@ -61,7 +61,7 @@ def describe(
     from kcomplex.errors import SpecError
     from kcomplex.estimators.pipeline import build_estimator
     from kcomplex.measuring.measure import DEFAULT_ESTIMATORS
-    from kcomplex.weights import open_weights
+    from kcomplex.sources.open import open_weights
 
     output = output_format(as_json, as_csv)
     wanted = [build_estimator(spec, given) for spec in estimator or DEFAULT_ESTIMATORS]

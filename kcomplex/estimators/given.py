@@ -22,15 +22,8 @@ from kcomplex.errors import SpecError, StreamError
 from kcomplex.estimators.description import STRUCTURE, Kind
 from kcomplex.estimators.estimator import Code, Coder, EncodedTensor, Estimator, Part, Shape, Symbols, word_shape
 from kcomplex.estimators.structure import TensorEntry
-from kcomplex.weights import (
-    Source,
-    TensorHandle,
-    Weights,
-    dtype_name,
-    open_weights,
-    tensor_from_words,
-    words_of,
-)
+from kcomplex.sources.open import Source, open_weights
+from kcomplex.weights import TensorHandle, Weights, dtype_name, tensor_from_words, words_of
 
 GivenSource: TypeAlias = "Source | Given"
 

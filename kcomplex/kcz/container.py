@@ -32,7 +32,8 @@ from kcomplex.machine.files import refuse_overwriting, replacing
 from kcomplex.machine.limits import require_memory
 from kcomplex.machine.parallel import in_order
 from kcomplex.sources.formats.safetensors_file import original_layout, safetensors_header
-from kcomplex.weights import Source, TensorHandle, Weights, open_weights, values_of, words_of
+from kcomplex.sources.open import Source, open_weights
+from kcomplex.weights import TensorHandle, Weights, values_of, words_of
 
 # Weights a piece.
 _LIMIT = 1 << 22

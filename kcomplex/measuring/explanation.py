@@ -14,7 +14,8 @@ from kcomplex.estimators.given import GivenSource
 from kcomplex.estimators.pipeline import QuantisedCode, QuantisedLength, build_estimator, quantised_weights
 from kcomplex.measuring.floor import TensorFloor, tensor_floor
 from kcomplex.measuring.shuffling import shuffled_weights
-from kcomplex.weights import Source, TensorHandle, Weights, open_weights
+from kcomplex.sources.open import Source, open_weights
+from kcomplex.weights import TensorHandle, Weights
 
 if TYPE_CHECKING:
     import pandas as pd

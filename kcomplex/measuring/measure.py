@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from functools import partial
 
-from kcomplex.estimators.description import Descriptions
 from kcomplex.estimators.estimator import Estimator
 from kcomplex.estimators.given import GivenSource
 from kcomplex.estimators.pipeline import build_estimator
-from kcomplex.weights import Source, TensorHandle, Weights, open_weights
+from kcomplex.measuring.descriptions import Descriptions
+from kcomplex.sources.open import Source, open_weights
+from kcomplex.weights import TensorHandle, Weights
 
 DEFAULT_ESTIMATORS = ("raw", "zstd", "planes|zstd", "palette|entropy")
 

@@ -12,7 +12,8 @@ from kcomplex.estimators.given import GivenCode, GivenSource
 from kcomplex.estimators.pipeline import build_decoder, build_estimator
 from kcomplex.estimators.structure import decode_structure, encode_structure
 from kcomplex.machine.limits import require_memory
-from kcomplex.weights import Source, TensorHandle, open_weights, values_of, words_of
+from kcomplex.sources.open import Source, open_weights
+from kcomplex.weights import TensorHandle, values_of, words_of
 
 
 def encode_checkpoint(source: Source, estimator: str | Estimator, *, given: GivenSource | None = None) -> bytes:

@@ -17,7 +17,8 @@ from kcomplex.kcz.container import Container, encode_file
 from kcomplex.machine.files import refuse_overwriting
 from kcomplex.quantising.step_search import DEFAULT_ESTIMATOR, EVALUATIONS, WITHIN, Steps
 from kcomplex.quantising.step_trials import Evaluate, Progress, Trials
-from kcomplex.weights import Source, Weights, open_weights
+from kcomplex.sources.open import Source, open_weights
+from kcomplex.weights import Weights
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -16,7 +16,8 @@ from kcomplex.estimators.pipeline import QuantisedCode, QuantisedTensor, finite_
 from kcomplex.kcz.container import encode_file
 from kcomplex.quantising.step_search import FINE, LossSearch, Outcome, Steps, boundary, length_probe, mean_square_probe
 from kcomplex.quantising.stepped_code import SteppedCode, with_step
-from kcomplex.weights import Source, TensorHandle, Weights
+from kcomplex.sources.open import Source
+from kcomplex.weights import TensorHandle, Weights
 
 # Steps are sought between these logarithms to the base of 2: of a tensor's root mean square, and of its largest
 # magnitude.

@@ -1,4 +1,4 @@
-"""Readers of checkpoint files: one a file, each lazy, found through the entry points ``kcomplex.formats``."""
+"""The file or folder at a path, read by whichever format recognises it."""
 
 from __future__ import annotations
 

@@ -15,7 +15,8 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from kcomplex.weights import Entry, SkippedTensor, Weights, collect, dtype_name
+from kcomplex.sources.state_dicts import Entry, collect
+from kcomplex.weights import SkippedTensor, Weights, dtype_name
 
 
 def module_weights(module: nn.Module) -> Weights:

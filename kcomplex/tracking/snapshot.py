@@ -16,16 +16,8 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from kcomplex.errors import FormatError
 from kcomplex.machine.files import replacing
-from kcomplex.weights import (
-    DTYPES,
-    SkippedTensor,
-    TensorHandle,
-    Weights,
-    dtype_name,
-    open_weights,
-    tensor_from_words,
-    words_of,
-)
+from kcomplex.sources.open import open_weights
+from kcomplex.weights import DTYPES, SkippedTensor, TensorHandle, Weights, dtype_name, tensor_from_words, words_of
 
 # The names of safetensors' dtypes.
 _STORED_AS: dict[torch.dtype, str] = {

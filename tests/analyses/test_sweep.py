@@ -16,7 +16,7 @@ from kcomplex.analyses.experiments.experiment import Experiment
 from kcomplex.analyses.experiments.networks.networks import network
 from kcomplex.analyses.experiments.sweep import expand, read_sweep
 from kcomplex.errors import SpecError
-from kcomplex.training.protocol.mode import mode
+from kcomplex.training.protocol.sequence import mode
 
 SWEEPS = Path(__file__).parents[2] / "analyses" / "sweeps"
 

@@ -13,7 +13,7 @@ from rich.table import Table
 
 import kcomplex as kc
 from kcomplex.analyses.experiments.data.data import load
-from kcomplex.training.protocol.mode import mode
+from kcomplex.training.protocol.sequence import mode
 
 EPOCHS = 40
 BATCH = 32

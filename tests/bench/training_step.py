@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from kcomplex.analyses.experiments.networks.networks import network
-from kcomplex.training.protocol.mode import mode
+from kcomplex.training.protocol.sequence import mode
 from kcomplex.training.quantising.dead_zone import quantile_and_maximum
 
 BATCH = 32

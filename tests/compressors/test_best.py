@@ -13,7 +13,8 @@ from kcomplex.errors import StreamError
 from kcomplex.estimators.pipeline import build_estimator
 from kcomplex.kcz.container import Container, encode_file
 from kcomplex.measuring.stream import decode_checkpoint, encode_checkpoint
-from kcomplex.weights import open_weights, words_of
+from kcomplex.sources.open import open_weights
+from kcomplex.weights import words_of
 
 
 def noise(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -17,7 +17,8 @@ from kcomplex.compressors.mix.floats import FORMATS, octave_and_powers
 from kcomplex.compressors.mix.line import Line, read_line
 from kcomplex.errors import KComplexError, SpecError, StreamError
 from kcomplex.estimators.structure import Reader
-from kcomplex.weights import DTYPES, open_weights, tensor_from_words, word_dtype, words_an_element, words_of
+from kcomplex.sources.open import open_weights
+from kcomplex.weights import DTYPES, tensor_from_words, word_dtype, words_an_element, words_of
 
 SPECS = ["mix", "lin", "palette|lin", "uniform:bits=5|lin", "uniform:bits=4,per_row=True|mix", "mosaic:s=2|lin"]
 GOLDEN = {

@@ -13,7 +13,7 @@ from kcomplex.estimators.estimator import Quantised
 from kcomplex.estimators.pipeline import build_estimator
 from kcomplex.measuring.measure import describe
 from kcomplex.measuring.stream import decode_checkpoint, encode_checkpoint, verify
-from kcomplex.weights import open_weights
+from kcomplex.sources.open import open_weights
 
 
 def shapes():

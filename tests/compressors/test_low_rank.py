@@ -16,10 +16,11 @@ from hypothesis import strategies as st
 import kcomplex as kc
 from kcomplex.compressors.mix.differences import new_difference_memory
 from kcomplex.compressors.mix.low_rank import MOST_RANK, STEP, Directions, LowRank, directions, read_low_rank
-from kcomplex.compressors.mix.matrix import zigzag
+from kcomplex.compressors.tables.numbers import zigzag
 from kcomplex.errors import StreamError
 from kcomplex.estimators.structure import Reader, varint
-from kcomplex.weights import open_weights, tensor_from_words, word_dtype, words_of
+from kcomplex.sources.open import open_weights
+from kcomplex.weights import tensor_from_words, word_dtype, words_of
 
 LOW_RANK = 128
 # Of int8 codes given floats that differ by a matrix of rank one, under `lin`.

@@ -24,7 +24,8 @@ from kcomplex.measuring.measure import describe
 from kcomplex.measuring.stream import decode_checkpoint, encode_checkpoint, verify
 from kcomplex.motifs import nearest
 from kcomplex.motifs.blocks import blocks_of
-from kcomplex.weights import open_weights, words_of
+from kcomplex.sources.open import open_weights
+from kcomplex.weights import words_of
 
 FLOATS = [
     torch.float64,

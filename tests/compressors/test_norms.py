@@ -9,7 +9,8 @@ import torch
 
 from kcomplex import describe
 from kcomplex.compressors.proxies.norms import L2
-from kcomplex.weights import TensorHandle, Weights, open_weights
+from kcomplex.sources.open import open_weights
+from kcomplex.weights import TensorHandle, Weights
 
 
 def measure(spec, tensors, **options):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from kcomplex.compressors.best.race import Entrant, View, _counted, _places, promising
 from kcomplex.estimators.pipeline import build_estimator
-from kcomplex.weights import open_weights
+from kcomplex.sources.open import open_weights
 
 
 def noise(*shape: int) -> torch.Tensor:

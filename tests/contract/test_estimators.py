@@ -14,15 +14,16 @@ from hypothesis import strategies as st
 
 from kcomplex.errors import KComplexError, PluginError
 from kcomplex.estimators import pipeline
-from kcomplex.estimators.description import Descriptions
 from kcomplex.estimators.estimator import Code, Estimator, Quantiser, Transform
 from kcomplex.estimators.pipeline import build_estimator
 from kcomplex.estimators.spec import build, spec_of, split_stages
+from kcomplex.measuring.descriptions import Descriptions
 from kcomplex.measuring.floor import tensor_floor
 from kcomplex.measuring.shuffling import shuffled_weights
 from kcomplex.measuring.stream import decode_checkpoint, encode_checkpoint, verify
 from kcomplex.registry import registry
-from kcomplex.weights import DTYPES, Weights, open_weights, words_of
+from kcomplex.sources.open import open_weights
+from kcomplex.weights import DTYPES, Weights, words_of
 
 GROUP = "kcomplex.estimators"
 

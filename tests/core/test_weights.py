@@ -15,12 +15,12 @@ from torch.nn.utils import parametrizations, parametrize, prune
 
 from kcomplex.errors import WeightsError
 from kcomplex.measuring.measure import describe
+from kcomplex.sources.open import open_weights
+from kcomplex.sources.state_dicts import state_dict_weights
 from kcomplex.weights import (
     DTYPES,
     TensorHandle,
     Weights,
-    open_weights,
-    state_dict_weights,
     tensor_from_words,
     values_of,
     word_dtype,
@@ -373,7 +373,7 @@ def test_a_source_of_another_kind_is_refused() -> None:
 
 
 def test_a_tied_weight_under_one_parametrisation_counts_once() -> None:
-    from kcomplex.training.protocol.mode import mode
+    from kcomplex.training.protocol.sequence import mode
 
     model = nn.ModuleDict({"embedding": nn.Embedding(20, 8), "head": nn.Linear(8, 20, bias=False)})
     model["head"].weight = model["embedding"].weight

@@ -69,13 +69,13 @@ def test_stages_decide_the_class() -> None:
 
 @pytest.mark.parametrize("spec", ["momos:block_size=2,capacity=0.05", "uniform_qat:bits=3", "codeq", "baseline"])
 def test_modes_speak_the_same_grammar(spec: str) -> None:
-    from kcomplex.training.protocol.mode import mode
+    from kcomplex.training.protocol.sequence import mode
 
     assert mode(spec).spec == spec
 
 
 def test_tuples_are_joined_by_plus() -> None:
-    from kcomplex.training.protocol.mode import mode
+    from kcomplex.training.protocol.sequence import mode
 
     built = mode("uniform_qat:exclude=*head*+*first*")
     assert built.exclude == ("*head*", "*first*")  # type: ignore[attr-defined]

@@ -23,7 +23,8 @@ from kcomplex.measuring.explanation import (
 )
 from kcomplex.measuring.measure import describe
 from kcomplex.measuring.shuffling import shuffled_weights
-from kcomplex.weights import open_weights, words_of
+from kcomplex.sources.open import open_weights
+from kcomplex.weights import words_of
 
 SPECS = ["zstd", "planes|zstd", "palette|entropy", "mix", "best", "mosaic|entropy", "uniform:bits=4|mix"]
 

@@ -16,7 +16,8 @@ import kcomplex as kc
 from kcomplex.errors import KComplexError, StreamError, VerificationError, WeightsError
 from kcomplex.estimators.structure import _DTYPE_NAMES, MAGIC, Reader, decode_structure, encode_structure, varint
 from kcomplex.measuring.stream import verify
-from kcomplex.weights import DTYPES, state_dict_weights, words_of
+from kcomplex.sources.state_dicts import state_dict_weights
+from kcomplex.weights import DTYPES, words_of
 
 
 def checkpoint() -> dict[str, torch.Tensor]:

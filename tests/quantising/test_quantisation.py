@@ -10,7 +10,8 @@ from kcomplex.errors import KComplexError, SourceNotFoundError, SpecError, Weigh
 from kcomplex.kcz.container import Container, encode_file, verify_file
 from kcomplex.measuring.measure import describe
 from kcomplex.quantising.quantisation import quantise_file
-from kcomplex.weights import open_weights, words_of
+from kcomplex.sources.open import open_weights
+from kcomplex.weights import words_of
 
 
 def checkpoint() -> dict[str, torch.Tensor]:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from kcomplex.errors import KComplexError
-from kcomplex.weights import open_weights
+from kcomplex.sources.open import open_weights
 
 TESTS = Path(__file__).parents[1]
 

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from kcomplex.errors import FormatError
-from kcomplex.weights import open_weights
+from kcomplex.sources.open import open_weights
 
 A, B, C = torch.zeros(1), torch.zeros(2), torch.zeros(3)
 

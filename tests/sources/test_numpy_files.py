@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from kcomplex.errors import FormatError
-from kcomplex.weights import open_weights
+from kcomplex.sources.open import open_weights
 
 DTYPES = st.sampled_from(["?", *(f"{order}{kind}" for order in "<>" for kind in ("i2", "u4", "f2", "f4", "f8", "c8"))])
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from kcomplex.errors import FormatError, SourceNotFoundError
-from kcomplex.weights import open_weights
+from kcomplex.sources.open import open_weights
 
 
 @pytest.mark.parametrize("source", ["https://example.org/model.safetensors", "hf://owner/model", "s3://bucket/x.pt"])

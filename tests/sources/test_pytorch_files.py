@@ -15,7 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kcomplex.errors import FormatError
-from kcomplex.weights import open_weights, words_of
+from kcomplex.sources.open import open_weights
+from kcomplex.weights import words_of
 
 W = torch.arange(6.0).reshape(2, 3)
 

@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import save_file
 
 from kcomplex.errors import FormatError
-from kcomplex.weights import Weights, open_weights, words_of
+from kcomplex.sources.open import open_weights
+from kcomplex.weights import Weights, words_of
 
 Tensors = dict[str, torch.Tensor]
 

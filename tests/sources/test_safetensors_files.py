@@ -10,7 +10,7 @@ from types import ModuleType
 import numpy as np
 import torch
 
-from kcomplex.weights import open_weights
+from kcomplex.sources.open import open_weights
 
 
 def test_dtypes_that_cant_be_measured_are_skipped_with_a_reason(tmp_path: Path, hostile_module: ModuleType) -> None:

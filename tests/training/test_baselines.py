@@ -12,7 +12,8 @@ from torch.nn.functional import cross_entropy
 import kcomplex as kc
 from kcomplex.errors import SpecError
 from kcomplex.training.protocol.batch_norm import reestimate_batch_norm
-from kcomplex.training.protocol.mode import Mode, mode
+from kcomplex.training.protocol.mode import Mode
+from kcomplex.training.protocol.sequence import mode
 from kcomplex.training.pruning.gradual_pruning import GradualPruning
 from kcomplex.training.pruning.lottery_ticket import LotteryTicket
 from kcomplex.training.sharing.hashed_sharing import HashedSharing

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from kcomplex.errors import FormatError, SourceNotFoundError, SpecError, WeightsError
-from kcomplex.training.protocol.mode import mode
+from kcomplex.training.protocol.sequence import mode
 from kcomplex.training.quantising.bit_operations import bit_operations, weight_bits
 from kcomplex.training.quantising.codeq import CoDeQ
 from kcomplex.training.quantising.integers import load_integers, read_integers, save_integers

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from kcomplex.training.protocol.mode import mode
+from kcomplex.training.protocol.sequence import mode
 
 SPECS = [
     "uniform_qat:bits=3",
@@ -34,7 +34,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
-from kcomplex.training.protocol.mode import mode
+from kcomplex.training.protocol.sequence import mode
 
 rank, path, specs = int(sys.argv[1]), sys.argv[2], sys.argv[3:]
 torch.set_num_threads(1)

@@ -14,11 +14,11 @@ from torch.nn.functional import cross_entropy
 from kcomplex.errors import SpecError, WeightsError
 from kcomplex.motifs.blocks import blocks_of, draw_motifs, motif_count
 from kcomplex.motifs.nearest import squared_distances
-from kcomplex.training.protocol.mode import mode
+from kcomplex.sources.open import open_weights
+from kcomplex.training.protocol.sequence import mode
 from kcomplex.training.quantising.uniform_qat import quantise_uniformly
 from kcomplex.training.sharing.momos import MoMos
 from kcomplex.training.sharing.projection import project
-from kcomplex.weights import open_weights
 
 GOLDEN = Path(__file__).resolve().parents[3] / "shared" / "golden"
 

@@ -15,7 +15,7 @@ from kcomplex.motifs import selection as motif_selection
 from kcomplex.motifs.blocks import blocks_of
 from kcomplex.motifs.nearest import nearest, squared_distances
 from kcomplex.motifs.selection import SELECTIONS, select_motifs
-from kcomplex.training.protocol.mode import mode
+from kcomplex.training.protocol.sequence import mode
 from kcomplex.training.quantising.codeq import CoDeQ
 from kcomplex.training.quantising.uniform_qat import UniformQAT
 from kcomplex.training.sharing.momos import MoMos

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from kcomplex.errors import SpecError, WeightsError
-from kcomplex.training.protocol.mode import Mode, mode
+from kcomplex.training.protocol.mode import Mode
+from kcomplex.training.protocol.sequence import mode
 from kcomplex.training.pruning.drr import DRR
 from kcomplex.training.pruning.fpp import FPP
 from kcomplex.training.pruning.layerwise import Layerwise

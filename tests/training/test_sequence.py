@@ -6,8 +6,8 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from kcomplex.errors import SpecError
-from kcomplex.training.protocol.mode import Mode, mode
-from kcomplex.training.protocol.sequence import Sequence
+from kcomplex.training.protocol.mode import Mode
+from kcomplex.training.protocol.sequence import Sequence, mode
 
 SPECS = [
     "drr:alpha=0.002,tolerance=0.2,include=*|uniform_qat:bits=3,include=*",

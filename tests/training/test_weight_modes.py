@@ -10,7 +10,9 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from kcomplex.errors import SpecError
-from kcomplex.training.protocol.mode import Mode, chosen_parameters, mode
+from kcomplex.sources.open import open_weights
+from kcomplex.training.protocol.mode import Mode, chosen_parameters
+from kcomplex.training.protocol.sequence import mode
 from kcomplex.training.pruning.drr import DRR
 from kcomplex.training.pruning.fpp import FPP
 from kcomplex.training.pruning.layerwise import Layerwise
@@ -20,7 +22,7 @@ from kcomplex.training.pruning.relaxed_l1 import RelaxedL1
 from kcomplex.training.quantising.codeq import CoDeQ
 from kcomplex.training.quantising.uniform_qat import UniformQAT
 from kcomplex.training.sharing.momos import MoMos
-from kcomplex.weights import open_weights, words_of
+from kcomplex.weights import words_of
 
 INPUTS = torch.randn(32, 1, 6, 6, generator=torch.Generator().manual_seed(1))
 LABELS = INPUTS[:, 0, :, :2].mean((1, 2)).argsort().argsort() * 3 // 32

@@ -25,16 +25,8 @@ from kcomplex.sources.formats.content import MAX_HEADER_BYTES, is_torch_archive,
 from kcomplex.sources.formats.guard import Refused, check_distinct, guarded
 from kcomplex.sources.formats.mapped_file import MappedFile
 from kcomplex.sources.formats.pytorch_pickle import StoredTensor, find_state_dict, read_pickle, stored_tensor
-from kcomplex.weights import (
-    DTYPES,
-    SkippedTensor,
-    TensorHandle,
-    Weights,
-    dtype_name,
-    merge_shared,
-    tensor_from_words,
-    word_dtype,
-)
+from kcomplex.sources.state_dicts import merge_shared
+from kcomplex.weights import DTYPES, SkippedTensor, TensorHandle, Weights, dtype_name, tensor_from_words, word_dtype
 
 _SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
 # `torch.serialization.MAGIC_NUMBER` and `PROTOCOL_VERSION`, with which a legacy file begins.

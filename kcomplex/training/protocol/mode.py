@@ -8,7 +8,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from functools import reduce
 from typing import Any, ClassVar
 
 import torch
@@ -16,7 +15,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from kcomplex.errors import SpecError
-from kcomplex.estimators.spec import build, spec_of, split_stages
+from kcomplex.estimators.spec import spec_of
 
 ParameterGroups = list[dict[str, Any]]
 Evaluate = Callable[[], float]
@@ -177,34 +176,6 @@ class Mode(ABC):
         self.refuse_second_model()
         # The configuration is frozen; what a mode is attached to isn't part of it (nor of equality and repr).
         object.__setattr__(self, "_model", model)
-
-
-def mode(spec: str | Mode) -> Mode:
-    """Return the mode of a specification string, such as ``momos:block_size=4,capacity=0.01``.
-
-    Two modes joined by ``|`` follow one another; see `kcomplex.training.protocol.sequence`.
-
-    Raises
-    ------
-    SpecError
-        An option is unknown or wrong.
-    UnknownNameError, PluginError
-        The mode isn't known, or can't be loaded.
-    """
-    if isinstance(spec, Mode):
-        return spec
-    stages = []
-    for stage in split_stages(spec):
-        built = build("kcomplex.modes", stage)
-        if not isinstance(built, Mode):
-            raise SpecError(f"{stage!r} names {type(built).__name__}, which isn't a training mode")
-        stages.append(built)
-    if len(stages) == 1:
-        return stages[0]
-    # Only where it is used: a sequence is a mode, and so imports this module.
-    from kcomplex.training.protocol.sequence import Sequence
-
-    return reduce(Sequence, stages)
 
 
 def chosen_parameters(

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
 from kcomplex.errors import SpecError
+from kcomplex.estimators.spec import build, split_stages
 from kcomplex.training.protocol.mode import Evaluate, Mode, ParameterGroups
 
 
@@ -145,3 +147,28 @@ class Sequence(Mode):
 
 def _without(group: dict[str, Any], known: set[int]) -> dict[str, Any]:
     return {**group, "params": [parameter for parameter in group["params"] if id(parameter) not in known]}
+
+
+def mode(spec: str | Mode) -> Mode:
+    """Return the mode of a specification string, such as ``momos:block_size=4,capacity=0.01``.
+
+    Two modes joined by ``|`` follow one another; see `Sequence`.
+
+    Raises
+    ------
+    SpecError
+        An option is unknown or wrong.
+    UnknownNameError, PluginError
+        The mode isn't known, or can't be loaded.
+    """
+    if isinstance(spec, Mode):
+        return spec
+    stages = []
+    for stage in split_stages(spec):
+        built = build("kcomplex.modes", stage)
+        if not isinstance(built, Mode):
+            raise SpecError(f"{stage!r} names {type(built).__name__}, which isn't a training mode")
+        stages.append(built)
+    if len(stages) == 1:
+        return stages[0]
+    return reduce(Sequence, stages)
