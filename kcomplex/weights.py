@@ -104,6 +104,12 @@ def values_of(tensor: torch.Tensor) -> NDArray[np.floating[Any]]:
     return values
 
 
+def squared_error(one: torch.Tensor, other: torch.Tensor) -> float:
+    """Return the sum of squared differences between two tensors' values, in double precision."""
+    difference = values_of(one).astype(np.float64) - values_of(other).astype(np.float64)
+    return float(np.square(difference).sum())
+
+
 @dataclass(frozen=True)
 class TensorHandle:
     """One named tensor that reads itself on demand.

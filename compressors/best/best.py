@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import copy
-from dataclasses import dataclass, field
-from functools import cache, partial
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
 from typing import ClassVar, Literal, cast
 
 import torch
 
 from kcomplex.errors import StreamError
-from kcomplex.estimators.description import STRUCTURE
-from kcomplex.estimators.estimator import Code, EncodedTensor, Part, Shape, word_shape
-from kcomplex.estimators.given import RelativeCode, from_word_differences, word_differences
+from kcomplex.estimators.code import Code, EncodedTensor, Memory, SymbolCode
+from kcomplex.estimators.differences import from_word_differences, word_differences
 from kcomplex.estimators.pipeline import build_estimator
+from kcomplex.estimators.structure import TensorEntry
+from kcomplex.estimators.symbols import Shape, symbol_shape
 from kcomplex.weights import DTYPES, TensorHandle, Weights, tensor_from_words, word_dtype, words_of
 
-from .race import Entrant, View, promising
+from .race import RELATIVE, Entrant, View, promising
 
 # The position is the choice in streams: only ever append.
 _MEMBERS = (
@@ -34,21 +35,46 @@ _MEMBERS = (
     "planes|context",
 )
 _MOSAIC = _MEMBERS.index("mosaic|entropy")
-# Added to the choice of a member that codes a tensor given another: in its own way, or by differences of words.
-_RELATIVE = 128
 _FAST = ("raw", "entropy", "palette|context", "planes|entropy", "planes|context", "planes|zstd", "mosaic|entropy")
 _TIERS = {
     "fast": tuple(map(_MEMBERS.index, _FAST)),
     "tight": tuple(range(len(_MEMBERS))),
 }
-_RAW = _MEMBERS.index("raw")
 # What a mosaic must be shorter than, with its motifs.
 _RIVALS = tuple(map(_MEMBERS.index, ("palette|entropy", "planes|zstd", "palette|context")))
 
 
+class BestMemory(Memory):
+    """The memories of a portfolio's members, by their place in it."""
+
+    def __init__(self, shared: bytes = b"") -> None:
+        super().__init__(shared)
+        self._members: dict[int, Memory] = {}
+
+    def member(self, place: int) -> Memory:
+        """Return the memory of a member; made when it is first asked for."""
+        if place not in self._members:
+            self._members[place] = _member(place).memory(self.shared if place == _MOSAIC else b"")
+        return self._members[place]
+
+    def trial(self, place: int) -> Memory:
+        """Return a memory of a member that may learn from a tensor without consequences."""
+        return self.member(place).copy()
+
+    def keep(self, place: int, learned: Memory) -> None:
+        """Keep what a member has learned in a trial."""
+        self._members[place] = learned
+
+    def copy(self) -> BestMemory:
+        """Return a memory that knows the same and learns for itself."""
+        copy = BestMemory(self.shared)
+        copy._members = {place: memory.copy() for place, memory in self._members.items()}
+        return copy
+
+
 @dataclass(frozen=True)
 class Best(Code):
-    """Codes every tensor by whichever member of a portfolio is shortest, and says by which in one byte.
+    """Codes every tensor by whichever member of a portfolio is shortest, and says by which.
 
     Parameters
     ----------
@@ -80,9 +106,10 @@ class Best(Code):
         """True: pieces of a tensor may have members of their own."""
         return True
 
-    def fresh(self) -> _Search:
-        """Return the search of one stream; see `TensorwiseEstimator.fresh`."""
-        return _Search(self)
+    @property
+    def takes_known(self) -> bool:
+        """True: see the notes."""
+        return True
 
     def prepare(self, weights: Weights) -> bytes:
         """Return the motifs of a mosaic, where it saves more than they take."""
@@ -92,137 +119,76 @@ class Best(Code):
             return b""
         saved = 0
         for handle in weights.values():
-            length = _length(mosaic, handle, shared)
+            length = mosaic.encode(handle, mosaic.memory(shared)).size
             if length < handle.nbytes:
-                saved += max(0, min(_length(_member(rival), handle, b"") for rival in _RIVALS) - length)
+                rivals = (_member(rival) for rival in _RIVALS)
+                saved += max(0, min(rival.encode(handle, rival.memory(b"")).size for rival in rivals) - length)
         return shared if saved > len(shared) else b""
 
-    def encode_tensor(self, handle: TensorHandle, shared: bytes) -> EncodedTensor:
-        """Return one tensor's stream as if it were the first; see `Code.encode_tensor`."""
-        return self.fresh().encode_tensor(handle, shared)
+    def memory(self, shared: bytes = b"") -> BestMemory:
+        """Return the memory of a new stream."""
+        return BestMemory(shared)
 
-    def decode_tensor(self, data: bytes, dtype: torch.dtype, shape: Shape, shared: bytes) -> torch.Tensor:
-        """Return the tensor of a stream's first; see `Code.decode_tensor`."""
-        return self.fresh().decode_tensor(data, dtype, shape, shared)
-
-    def takes_given(self) -> bool:
-        """Return True; see `RelativeCode`."""
-        return True
-
-    def encode_given(self, handle: TensorHandle, known: torch.Tensor, shared: bytes) -> EncodedTensor:
-        """Return one tensor's stream given another as if it were the first; see `RelativeCode.encode_given`."""
-        return self.fresh().encode_given(handle, known, shared)
-
-    def decode_given(
-        self, data: bytes, dtype: torch.dtype, shape: Shape, known: torch.Tensor, shared: bytes
-    ) -> torch.Tensor:
-        """Return the tensor of a stream's first given another; see `RelativeCode.decode_given`."""
-        return self.fresh().decode_given(data, dtype, shape, known, shared)
-
-
-@dataclass(frozen=True)
-class _Search(Code):
-    """Codes or decodes the tensors of one stream."""
-
-    best: Best
-    learning: dict[int, Code] = field(default_factory=dict)
-    name: ClassVar[str] = "best_search"
-
-    @property
-    def sequential(self) -> bool:
-        """See `Best.sequential`."""
-        return self.best.sequential
-
-    def encode_tensor(self, handle: TensorHandle, shared: bytes) -> EncodedTensor:
-        """Return the shortest stream with its choice before it; nothing of a tensor without weights."""
+    def encode(self, handle: TensorHandle, memory: Memory, known: torch.Tensor | None = None) -> EncodedTensor:
+        """Return the shortest stream, alone or given another tensor; nothing of a tensor without weights."""
+        assert isinstance(memory, BestMemory)
         if not handle.elements:
             return EncodedTensor([])
-        return self._shortest(promising(self._entrants(View(handle))), handle, shared)
-
-    def _entrants(self, view: View, added: int = 0) -> list[Entrant]:
-        """Return the members that see a view, mosaics aside; with a known tensor, those that have a use for it."""
-        members = [place for place in _TIERS[self.best.tier] if place != _MOSAIC]
-        if view.known is not None:
-            members = list(filter(_is_relative, members))
-        return [Entrant(place + added, view, _member(place), partial(self._trial, place)) for place in members]
-
-    def takes_given(self) -> bool:
-        """Return True; see `RelativeCode`."""
-        return True
-
-    def encode_given(self, handle: TensorHandle, known: torch.Tensor, shared: bytes) -> EncodedTensor:
-        """Return the shortest stream, alone or given another tensor; see `RelativeCode.encode_given`."""
-        if not handle.elements:
-            return EncodedTensor([Part(STRUCTURE, bytes([_RAW]))])
-        # What learns from tensor to tensor decides by itself whether the other is of use.
-        entrants = [entrant for entrant in self._entrants(View(handle)) if not _is_relative(entrant.choice)]
-        entrants += self._entrants(View(handle, known), _RELATIVE)
-        if known.dtype == handle.dtype:
-            steps = View(_differences(handle, known))
-            entrants += [
-                entrant for entrant in self._entrants(steps, _RELATIVE) if not _is_relative(entrant.choice - _RELATIVE)
-            ]
-        return self._shortest(promising(entrants), handle, shared)
-
-    def _shortest(self, promised: list[tuple[float, Entrant]], handle: TensorHandle, shared: bytes) -> EncodedTensor:
-        """Return the shortest stream of some entrants, or of a mosaic; what promises no less than one isn't coded."""
-        if shared:
-            mosaic = Entrant(_MOSAIC, View(handle), _member(_MOSAIC), partial(self._trial, _MOSAIC))
-            promised = [*promised, (0.0, mosaic)]
-        found: tuple[Entrant, EncodedTensor, Code] | None = None
+        promised = promising(list(self._entrants(handle, memory, known)))
+        if memory.shared:
+            promised.append((0.0, Entrant(_MOSAIC, View(handle), _member(_MOSAIC), memory.trial)))
+        found: tuple[Entrant, EncodedTensor, Memory] | None = None
         for promise, entrant in promised:
-            if found is not None and promise >= _size(found[1]):
+            if found is not None and promise >= found[1].size:
                 continue
-            coder = entrant.trial()
-            encoded = entrant.view.encode(coder, shared if entrant.choice == _MOSAIC else b"")
-            if found is None or _size(encoded) < _size(found[1]):
-                found = entrant, encoded, coder
+            learned = entrant.trial()
+            encoded = entrant.view.encode(entrant.code, learned)
+            if found is None or encoded.size < found[1].size:
+                found = entrant, encoded, learned
         assert found is not None
-        entrant, encoded, coder = found
-        if coder.sequential:
-            self.learning[entrant.choice % _RELATIVE] = coder
-        return EncodedTensor([Part(STRUCTURE, bytes([entrant.choice])), *encoded.parts])
+        entrant, encoded, learned = found
+        memory.keep(entrant.place, learned)
+        return EncodedTensor(encoded.parts, choice=entrant.choice)
 
-    def decode_tensor(self, data: bytes, dtype: torch.dtype, shape: Shape, shared: bytes) -> torch.Tensor:
+    def _entrants(self, handle: TensorHandle, memory: BestMemory, known: torch.Tensor | None) -> Iterator[Entrant]:
+        """Yield the members, mosaics aside, with each of the views that they have a use for."""
+        plain = View(handle)
+        given = None if known is None else View(handle, known)
+        steps = View(_differences(handle, known)) if known is not None and known.dtype == handle.dtype else None
+        for place in _TIERS[self.tier]:
+            if place == _MOSAIC:
+                continue
+            code = _member(place)
+            # What predicts decides by itself whether the given tensor is of use.
+            if given is None or not _predicts(place):
+                yield Entrant(place, plain, code, memory.trial)
+            if given is not None and _predicts(place):
+                yield Entrant(place + RELATIVE, given, code, memory.trial)
+            elif steps is not None:
+                yield Entrant(place + RELATIVE, steps, code, memory.trial)
+
+    def decode(
+        self, entry: TensorEntry, data: bytes, memory: Memory, known: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Return the tensor, decoded by the member that coded it."""
-        if 0 in shape:
+        assert isinstance(memory, BestMemory)
+        if 0 in entry.shape:
             if data:
                 raise StreamError(f"best: {len(data)} bytes of a tensor without weights")
-            return torch.zeros(shape, dtype=dtype)
-        if not data or data[0] not in _TIERS[self.best.tier]:
+            return torch.zeros(entry.shape, dtype=entry.dtype)
+        relative, place = divmod(entry.choice, RELATIVE)
+        if place not in _TIERS[self.tier] or (relative and (known is None or place == _MOSAIC)):
             raise StreamError("best: the stream names a member that the portfolio hasn't")
-        place = data[0]
-        return self._coder(place).decode_tensor(data[1:], dtype, shape, shared if place == _MOSAIC else b"")
-
-    def decode_given(
-        self, data: bytes, dtype: torch.dtype, shape: Shape, known: torch.Tensor, shared: bytes
-    ) -> torch.Tensor:
-        """Return the tensor, decoded by the member that coded it; see `RelativeCode.decode_given`."""
-        if 0 in shape and data == bytes([_RAW]):
-            return torch.zeros(shape, dtype=dtype)
-        if 0 in shape or not data or data[0] < _RELATIVE:
-            return self.decode_tensor(data, dtype, shape, shared)
-        place = data[0] - _RELATIVE
-        if place not in _TIERS[self.best.tier] or place == _MOSAIC:
-            raise StreamError("best: the stream names a member that the portfolio hasn't")
-        coder = self._coder(place)
-        if isinstance(coder, RelativeCode):
-            return coder.decode_given(data[1:], dtype, shape, known, b"")
-        if known.dtype != dtype:
-            raise StreamError(f"best: differences from {known.dtype} give no {dtype}")
-        steps = coder.decode_tensor(data[1:], _step_dtype(dtype), _step_shape(dtype, shape), b"")
-        return from_word_differences(words_of(steps), known)
-
-    def _coder(self, place: int) -> Code:
-        member = _member(place)
-        return self.learning.setdefault(place, member.fresh()) if member.sequential else member
-
-    def _trial(self, place: int) -> Code:
-        """Return a coder that may learn from a tensor without consequences."""
-        member = _member(place)
-        if not member.sequential:
-            return member
-        return copy.deepcopy(self.learning[place]) if place in self.learning else member.fresh()
+        code, learned = _member(place), memory.member(place)
+        if not relative:
+            return code.decode(entry, data, learned)
+        assert known is not None
+        if _predicts(place):
+            return code.decode(entry, data, learned, known)
+        if known.dtype != entry.dtype:
+            raise StreamError(f"best: differences from {known.dtype} give no {entry.dtype}")
+        steps = TensorEntry(entry.names, _step_dtype(entry.dtype), _step_shape(entry.dtype, entry.shape))
+        return from_word_differences(words_of(code.decode(steps, data, learned)), known)
 
 
 @cache
@@ -231,9 +197,10 @@ def _member(place: int) -> Code:
 
 
 @cache
-def _is_relative(place: int) -> bool:
+def _predicts(place: int) -> bool:
     """Return whether a member has a use of its own for given weights."""
-    return isinstance(_member(place).fresh(), RelativeCode)
+    code = _member(place)
+    return isinstance(code, SymbolCode) and code.predicts
 
 
 def _differences(handle: TensorHandle, known: torch.Tensor) -> TensorHandle:
@@ -248,12 +215,4 @@ def _step_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def _step_shape(dtype: torch.dtype, shape: Shape) -> Shape:
-    return tuple(word_shape(dtype, shape))
-
-
-def _length(code: Code, handle: TensorHandle, shared: bytes) -> int:
-    return _size(code.encode_tensor(handle, shared))
-
-
-def _size(encoded: EncodedTensor) -> int:
-    return sum(len(part.data) for part in encoded.parts)
+    return tuple(symbol_shape(dtype, shape))

@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kcomplex.estimators.estimator import Code, Coder, EncodedTensor, Shape, Symbols, symbol_dtype, word_shape
-from kcomplex.estimators.given import BoundCoder
-from kcomplex.estimators.pipeline import TransformedCoder
+from kcomplex.estimators.code import Code, CoderCode, EncodedTensor, Memory
+from kcomplex.estimators.coder import Coder, Transform
+from kcomplex.estimators.symbols import Shape, Symbols, symbols_of
+from kcomplex.estimators.transformed import TransformedCode
 from kcomplex.weights import TensorHandle, tensor_from_words, words_of
 
 from ..context.context import Context
@@ -27,6 +28,9 @@ from ..transforms.palette import Palette
 from ..transforms.planes import Planes
 
 Places: TypeAlias = NDArray[np.int64]
+
+# Added to the choice of a member that codes a tensor given another: in its own way, or by differences of words.
+RELATIVE = 128
 
 # Long tensors are tried on such shares of them, if these are so many weights. A sample is of so many runs of rows and
 # of columns, so that all their scales are in it.
@@ -63,12 +67,9 @@ class View:
     handle: TensorHandle
     known: torch.Tensor | None = None
 
-    def encode(self, code: Code, shared: bytes = b"") -> EncodedTensor:
-        """Return the tensor's stream under a code."""
-        if self.known is None:
-            return code.encode_tensor(self.handle, shared)
-        assert isinstance(code, Coder)
-        return BoundCoder(code, self.known).encode_tensor(self.handle, shared)
+    def encode(self, code: Code, memory: Memory) -> EncodedTensor:
+        """Return the tensor's stream under a code, whose memory learns from it."""
+        return code.encode(self.handle, memory, self.known)
 
     def sample(self, rows: Places, columns: Places) -> View:
         """Return some rows and columns of the tensor as a matrix."""
@@ -78,9 +79,7 @@ class View:
     @cached_property
     def words(self) -> Symbols:
         """The integers that coders see, in their shape."""
-        dtype = self.handle.dtype
-        words = words_of(self.handle.read()).view(symbol_dtype(dtype))
-        return words.reshape(word_shape(dtype, self.handle.shape))
+        return symbols_of(self.handle.read())
 
     @cached_property
     def distinct(self) -> float:
@@ -129,12 +128,27 @@ class View:
 
 
 class Entrant(NamedTuple):
-    """A code of a view, under the choice that a stream names it by; ``trial`` returns a coder that may learn."""
+    """A code of a view, under the choice that a stream names it by.
+
+    Attributes
+    ----------
+    memories
+        Returns a memory, which may learn without consequences, of the member of a place.
+    """
 
     choice: int
     view: View
     code: Code
-    trial: Callable[[], Code]
+    memories: Callable[[int], Memory]
+
+    @property
+    def place(self) -> int:
+        """The member's place in the portfolio."""
+        return self.choice % RELATIVE
+
+    def trial(self) -> Memory:
+        """Return a memory of the code's that may learn without consequences."""
+        return self.memories(self.place)
 
 
 def promising(entrants: Sequence[Entrant]) -> list[tuple[float, Entrant]]:
@@ -191,16 +205,28 @@ def _views(entrants: Sequence[Entrant]) -> list[View]:
 
 def _counted(entrant: Entrant) -> float | None:
     """Return the bytes of a code that follow from a histogram of the whole; None of any other."""
-    view, code = entrant.view, entrant.code
-    if isinstance(code, Raw):
+    view, coder, transform = entrant.view, _coder(entrant.code), _transform(entrant.code)
+    if isinstance(coder, Raw):
         return view.handle.nbytes
-    if isinstance(code, Entropy) and view.words.itemsize <= _COUNTED_BYTES:
-        return sum(code.estimate(view.words))
-    if isinstance(code, TransformedCoder) and isinstance(code.coder, Entropy) and isinstance(code.transform, Planes):
+    if isinstance(coder, Entropy) and transform is None and view.words.itemsize <= _COUNTED_BYTES:
+        return sum(coder.estimate(view.words))
+    if isinstance(coder, Entropy) and isinstance(transform, Planes):
         # Bytes are their own planes.
         single = len(view.planes) == 1
-        return math.inf if single else sum(sum(code.coder.estimate(plane)) for plane in view.planes)
+        return math.inf if single else sum(sum(coder.estimate(plane)) for plane in view.planes)
     return None
+
+
+def _transform(code: Code) -> Transform | None:
+    """Return the first stage of a code behind a transform; None of any other."""
+    return code.transform if isinstance(code, TransformedCode) else None
+
+
+def _coder(code: Code) -> Coder | None:
+    """Return the coder at a code's end; None where it ends in what learns from tensor to tensor."""
+    while isinstance(code, TransformedCode):
+        code = code.code
+    return code.coder if isinstance(code, CoderCode) else None
 
 
 def _may_pay(entrant: Entrant) -> bool:
@@ -219,9 +245,10 @@ def _may_pay(entrant: Entrant) -> bool:
 
 def _tried(entrant: Entrant, sample: View) -> tuple[float, float]:
     """Return the bytes of a sample: of tables, and of the rest."""
-    if isinstance(entrant.code, Entropy):
-        return entrant.code.estimate(sample.words)
-    parts = sample.encode(entrant.trial()).parts
+    coder = _coder(entrant.code)
+    if isinstance(coder, Entropy) and _transform(entrant.code) is None:
+        return coder.estimate(sample.words)
+    parts = sample.encode(entrant.code, entrant.trial()).parts
     tables = sum(len(part.data) for part in parts if part.name == "tables")
     return tables, sum(len(part.data) for part in parts) - tables
 
@@ -238,11 +265,12 @@ def _lowest(entrant: Entrant, end: float, place: int, weights: int) -> float:
 
 def _has_table(code: Code) -> bool:
     """Return whether a code tells the distinct words."""
-    return isinstance(code, Entropy) or (isinstance(code, TransformedCoder) and isinstance(code.transform, Palette))
+    transform = _transform(code)
+    return isinstance(transform, Palette) or (transform is None and isinstance(_coder(code), Entropy))
 
 
 def _learns(code: Code) -> bool:
-    return isinstance(code.coder if isinstance(code, TransformedCoder) else code, Context)
+    return isinstance(_coder(code), Context)
 
 
 def _distinct(racing: Sequence[Entrant], ends: dict[int, float]) -> list[Entrant]:

@@ -11,9 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kcomplex.errors import StreamError
+from kcomplex.estimators.coder import Coder, Part
 from kcomplex.estimators.description import STRUCTURE
-from kcomplex.estimators.estimator import Coder, Part, Shape, Symbols
 from kcomplex.estimators.structure import Reader, varint
+from kcomplex.estimators.symbols import Shape, Symbols
 
 from ..tables.centring import centre
 from ..tables.numbers import eighths_of_octaves, folded, octave_fraction, read_middle, zigzag

@@ -50,13 +50,13 @@ def join_tokens(tokens: NDArray[np.int16], data: bytes) -> NDArray[np.int64]:
     if magnitudes.size and int(magnitudes.max()) > _LARGEST_TOKEN:
         raise StreamError(f"a token of magnitude {int(magnitudes.max())} doesn't exist")
     large = magnitudes >= _EXACT
-    codes = magnitudes[large] - _EXACT
-    widths = (codes >> 2) + _EXACT_BITS - 2
+    steps = magnitudes[large] - _EXACT
+    widths = (steps >> 2) + _EXACT_BITS - 2
     total = int(widths.sum())
     bits = np.frombuffer(data, np.uint8)
     if bits.size != -(-total // 8) or (total % 8 and int(bits[-1]) & ((1 << (8 - total % 8)) - 1)):
         raise StreamError(f"{bits.size} bytes where {total} bits below tokens are expected")
-    values = ((codes & 3) + 4) << widths
+    values = ((steps & 3) + 4) << widths
     _unpack(values, widths, bits)
     magnitudes[large] = values
     return np.where(tokens < 0, -magnitudes, magnitudes)

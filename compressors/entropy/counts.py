@@ -33,14 +33,14 @@ def encode_counts(counts: NDArray[np.integer[Any]]) -> tuple[bytes, Frequencies,
     positive = counts.astype(np.int64)
     best: tuple[float, int, int] | None = None
     for precision in range(_LARGEST_PRECISION + 1):
-        codes, _, bits = _rounded(positive, precision)
-        sizes = [encoded_size(codes.astype(np.uint64)), encoded_size(_folded(codes))]
+        numbers, _, bits = _rounded(positive, precision)
+        sizes = [encoded_size(numbers.astype(np.uint64)), encoded_size(_folded(numbers))]
         trial = 8 * (1 + min(sizes)) + bits, precision, int(sizes[1] < sizes[0])
         best = trial if best is None or trial[0] < best[0] else best
     assert best is not None
     _, precision, differences = best
-    codes, frequencies, bits = _rounded(positive, precision)
-    table = encode_integers(_folded(codes) if differences else codes.astype(np.uint64))
+    numbers, frequencies, bits = _rounded(positive, precision)
+    table = encode_integers(_folded(numbers) if differences else numbers.astype(np.uint64))
     return bytes([precision | differences * _DIFFERENCES]) + table, frequencies, bits
 
 
@@ -56,51 +56,51 @@ def decode_counts(data: bytes, size: int) -> Frequencies:
         raise StreamError("a table of counts is missing")
     precision = data[0] & (_DIFFERENCES - 1)
     integers = decode_integers(data[1:], size)
-    codes = np.cumsum(_unfolded(integers)) if data[0] & _DIFFERENCES else integers.astype(np.int64)
-    if precision > _LARGEST_PRECISION or codes.min() < 1 or (codes.max() >> precision) - 1 > _MOST_DROPPED:
+    numbers = np.cumsum(_unfolded(integers)) if data[0] & _DIFFERENCES else integers.astype(np.int64)
+    if precision > _LARGEST_PRECISION or numbers.min() < 1 or (numbers.max() >> precision) - 1 > _MOST_DROPPED:
         raise StreamError("a table of counts is corrupted: a precision or a count is out of range")
-    return _frequencies(codes, precision)
+    return _frequencies(numbers, precision)
 
 
 @compiled
 def _rounded(counts: NDArray[np.int64], precision: int) -> tuple[NDArray[np.int64], Frequencies, float]:
-    """Return counts as codes, their frequencies, and the bits of symbols with these counts.
+    """Return counts as numbers, their frequencies, and the bits of symbols with these counts.
 
-    Small counts are their own codes, others exponent and ``precision`` digits after the first.
+    Small counts are their own numbers, others exponent and ``precision`` digits after the first.
     """
-    codes, total = np.empty_like(counts), 0
+    numbers, total = np.empty_like(counts), 0
     for place in range(counts.size):
         dropped = max(63 - leading_zeros(counts[place]) - precision, 0)
-        codes[place] = (dropped << precision) + (counts[place] >> dropped)
-    frequencies = _frequencies(codes, precision)
+        numbers[place] = (dropped << precision) + (counts[place] >> dropped)
+    frequencies = _frequencies(numbers, precision)
     for place in range(counts.size):
         total += frequencies[place]
     bits = 0.0
     for place in range(counts.size):
         # Exact also where one symbol has nearly all of the frequency.
         bits -= counts[place] * math.log1p((frequencies[place] - total) / total)
-    return codes, frequencies, bits / math.log(2)
+    return numbers, frequencies, bits / math.log(2)
 
 
 @compiled
-def _frequencies(codes: NDArray[np.int64], precision: int) -> Frequencies:
+def _frequencies(numbers: NDArray[np.int64], precision: int) -> Frequencies:
     """Return the middle of the counts that share a code, for each code."""
-    frequencies = np.empty_like(codes)
-    for place in range(codes.size):
-        dropped = max((codes[place] >> precision) - 1, 0)
-        low = (codes[place] - (dropped << precision)) << dropped
+    frequencies = np.empty_like(numbers)
+    for place in range(numbers.size):
+        dropped = max((numbers[place] >> precision) - 1, 0)
+        low = (numbers[place] - (dropped << precision)) << dropped
         frequencies[place] = low + ((1 << dropped) >> 1)
     return frequencies
 
 
 @compiled
-def _folded(codes: NDArray[np.int64]) -> NDArray[np.uint64]:
-    """Return the differences of codes as non-negative integers: 0, -1, 1, -2 ... become 0, 1, 2, 3 ..."""
-    folded, before = np.empty(codes.size, np.uint64), np.int64(0)
-    for place in range(codes.size):
-        difference = codes[place] - before
+def _folded(numbers: NDArray[np.int64]) -> NDArray[np.uint64]:
+    """Return the differences of numbers as non-negative integers: 0, -1, 1, -2 ... become 0, 1, 2, 3 ..."""
+    folded, before = np.empty(numbers.size, np.uint64), np.int64(0)
+    for place in range(numbers.size):
+        difference = numbers[place] - before
         folded[place] = np.uint64((difference << 1) ^ (difference >> 63))
-        before = codes[place]
+        before = numbers[place]
     return folded
 
 

@@ -11,9 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kcomplex.errors import SpecError, StreamError
+from kcomplex.estimators.coder import Coder, Part
 from kcomplex.estimators.description import STRUCTURE, Kind
-from kcomplex.estimators.estimator import CodeLength, Coder, Part, Shape, Symbols
+from kcomplex.estimators.length import CodeLength
 from kcomplex.estimators.structure import Reader, varint
+from kcomplex.estimators.symbols import Shape, Symbols
 
 from ..tables.alphabet import alphabet, decode_alphabet, encode_alphabet, positions
 from ..tables.words import byte_size, from_bytes, to_bytes

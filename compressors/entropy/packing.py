@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from kcomplex.errors import StreamError
-from kcomplex.estimators.estimator import Shape, Symbols
+from kcomplex.estimators.symbols import Shape, Symbols
 
 # A multiple of eight, so that every block but the last ends with a byte.
 _BLOCK = 1 << 16

@@ -7,7 +7,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from kcomplex.estimators.estimator import Coder, Shape, Symbols
+from kcomplex.estimators.coder import Coder
+from kcomplex.estimators.symbols import Shape, Symbols
 
 from ..tables.words import from_bytes, to_bytes
 

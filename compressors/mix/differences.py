@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kcomplex.errors import StreamError
+from kcomplex.estimators.coder import Part
 from kcomplex.estimators.description import STRUCTURE
-from kcomplex.estimators.estimator import Coder, Part, Shape, Symbols
 from kcomplex.estimators.structure import Reader, varint
+from kcomplex.estimators.symbols import Shape, Symbols
 
 from ..tables.numbers import eighths_of_octaves, folded, unzigzag, zigzag
 from .binary_coder import as_bytes
@@ -150,18 +151,13 @@ class _Attempt(NamedTuple):
 
 
 @dataclass(frozen=True)
-class DifferenceMix(Coder):
+class DifferenceMix:
     """Codes integers, or the words of floats, given others."""
 
     format: FloatFormat | None
     linear: bool
     memory: DifferenceMemory
     given: GivenNumbers
-    name: ClassVar[str] = "difference_mix"
-
-    def encode(self, symbols: Symbols) -> bytes:
-        """Return the stream; see `Coder.encode`."""
-        return b"".join(part.data for part in self.encode_parts(symbols))
 
     def encode_parts(self, symbols: Symbols) -> list[Part]:
         """Return layout (structure), low-rank part, choices of the linear prediction (tables) and the payload."""
@@ -244,7 +240,7 @@ class DifferenceMix(Coder):
         return shortest(memory, candidates, encode)
 
     def decode(self, data: bytes, shape: Shape, dtype: np.dtype[Any]) -> Symbols:
-        """Return the integers or words; see `Coder.decode`."""
+        """Return the integers or words."""
         reader = Reader(data)
         mode = reader.take(1)[0]
         if mode & 1 or (mode & _ZEROS and mode & _NEGATIVE_ZEROS):

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from kcomplex.errors import StreamError
+from kcomplex.estimators.coder import Part
 from kcomplex.estimators.description import STRUCTURE
-from kcomplex.estimators.estimator import Coder, Part, Shape, Symbols
 from kcomplex.estimators.structure import Reader, varint
+from kcomplex.estimators.symbols import Shape, Symbols
 
 from ..tables.numbers import eighths_of_octaves, folded, octave_fraction, unzigzag, zigzag
 from ..tables.words import from_bytes
@@ -86,17 +87,12 @@ def new_float_memory() -> Memory:
 
 
 @dataclass(frozen=True)
-class FloatMix(Coder):
+class FloatMix:
     """Codes the words of floats by their fields."""
 
     format: FloatFormat
     linear: bool
     memory: Memory
-    name: ClassVar[str] = "float_mix"
-
-    def encode(self, symbols: Symbols) -> bytes:
-        """Return the stream; see `Coder.encode`."""
-        return b"".join(part.data for part in self.encode_parts(symbols))
 
     def encode_parts(self, symbols: Symbols) -> list[Part]:
         """Return layout (structure), choices of the linear prediction (tables) and the payload."""
@@ -120,7 +116,7 @@ class FloatMix(Coder):
         return shortest(self.memory, candidates, encode)
 
     def decode(self, data: bytes, shape: Shape, dtype: np.dtype[Any]) -> Symbols:
-        """Return the words; see `Coder.decode`."""
+        """Return the words."""
         if not math.prod(shape):
             return from_bytes(data, shape, dtype)
         reader = Reader(data)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
 from kcomplex.errors import StreamError
+from kcomplex.estimators.coder import Part
 from kcomplex.estimators.description import STRUCTURE
-from kcomplex.estimators.estimator import Coder, Part, Shape, Symbols
 from kcomplex.estimators.structure import Reader, varint
+from kcomplex.estimators.symbols import Shape, Symbols
 
 from ..tables.centring import centre
 from ..tables.numbers import eighths_of_octaves, folded, octave_fraction, read_middle, zigzag
@@ -43,16 +44,11 @@ def new_integer_memory() -> Memory:
 
 
 @dataclass(frozen=True)
-class IntegerMix(Coder):
+class IntegerMix:
     """Codes integers, by what those before them have taught."""
 
     linear: bool
     memory: Memory
-    name: ClassVar[str] = "integer_mix"
-
-    def encode(self, symbols: Symbols) -> bytes:
-        """Return the stream; see `Coder.encode`."""
-        return b"".join(part.data for part in self.encode_parts(symbols))
 
     def encode_parts(self, symbols: Symbols) -> list[Part]:
         """Return layout (structure), choices of the linear prediction (tables) and the payload."""
@@ -78,7 +74,7 @@ class IntegerMix(Coder):
         return shortest(self.memory, candidates, encode)
 
     def decode(self, data: bytes, shape: Shape, dtype: np.dtype[Any]) -> Symbols:
-        """Return the integers; see `Coder.decode`."""
+        """Return the integers."""
         if not math.prod(shape):
             return from_bytes(data, shape, dtype)
         reader = Reader(data)

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kcomplex.errors import StreamError
-from kcomplex.estimators.estimator import Part
+from kcomplex.estimators.coder import Part
 from kcomplex.estimators.structure import Reader, varint
 from kcomplex.machine.blas_threads import one_blas_thread
 

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kcomplex.errors import StreamError
-from kcomplex.estimators.estimator import Part
+from kcomplex.estimators.coder import Part
 from kcomplex.estimators.structure import Reader
 
 from ..tables.logistic import tables

@@ -6,14 +6,19 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
+import torch
 
-from kcomplex.estimators.estimator import Coder, Part, Shape, Symbols
+from kcomplex.estimators.code import EncodedTensor, Memory, SymbolCode
+from kcomplex.estimators.coder import Part
+from kcomplex.estimators.structure import TensorEntry
+from kcomplex.estimators.symbols import Shape, Symbols
+from kcomplex.weights import TensorHandle
 
-from .stream import LearningMix
+from .stream import MixMemory, MixStream
 
 
 @dataclass(frozen=True)
-class Mix(Coder):
+class Mix(SymbolCode):
     """Decides bit by bit with a mixture of adaptive and parametric predictions: short codes, at 1e6 weights a second.
 
     Tensors of a stream share what is learned, so that a tensor is decoded after those before it. Given other weights,
@@ -29,21 +34,47 @@ class Mix(Coder):
         """True: tensors learn from those before them."""
         return True
 
-    def fresh(self) -> LearningMix:
-        """Return a coder that knows nothing yet and learns from tensor to tensor."""
-        return LearningMix(self.linear)
+    @property
+    def predicts(self) -> bool:
+        """True: integers are expected where known numbers are."""
+        return True
 
-    def encode(self, symbols: Symbols) -> bytes:
-        """Return the stream; see `Coder.encode`."""
-        return b"".join(part.data for part in self.encode_parts(symbols))
+    def memory(self, shared: bytes = b"") -> MixMemory:
+        """Return the memory of a new stream."""
+        return MixMemory(shared)
 
-    def encode_parts(self, symbols: Symbols) -> list[Part]:
+    def encode(self, handle: TensorHandle, memory: Memory, known: torch.Tensor | None = None) -> EncodedTensor:
+        """Return the stream of a tensor: integers; or a table and integers, or fields, of floats; or differences."""
+        stream = self._stream(memory)
+        tensor = handle.read()
+        return EncodedTensor(stream.encode(tensor) if known is None else stream.encode_given(tensor, known))
+
+    def decode(
+        self, entry: TensorEntry, data: bytes, memory: Memory, known: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Return the tensor, bit for bit; see `Code.decode`."""
+        stream = self._stream(memory)
+        if known is None:
+            return stream.decode(data, entry.dtype, entry.shape)
+        return stream.decode_given(data, entry.dtype, entry.shape, known)
+
+    def encode_symbols(self, symbols: Symbols, memory: Memory, known: torch.Tensor | None = None) -> list[Part]:
         """Return layout (structure), choices of the linear prediction (tables) and the payload."""
-        return self.fresh().encode_parts(symbols)
+        stream = self._stream(memory)
+        return stream.encode_symbols(symbols) if known is None else stream.encode_symbols_given(symbols, known)
 
-    def decode(self, data: bytes, shape: Shape, dtype: np.dtype[Any]) -> Symbols:
-        """Return the integers; see `Coder.decode`."""
-        return self.fresh().decode(data, shape, dtype)
+    def decode_symbols(
+        self, data: bytes, shape: Shape, dtype: np.dtype[Any], memory: Memory, known: torch.Tensor | None = None
+    ) -> Symbols:
+        """Return the integers; see `SymbolCode.decode_symbols`."""
+        stream = self._stream(memory)
+        if known is None:
+            return stream.decode_symbols(data, shape, dtype)
+        return stream.decode_symbols_given(data, shape, dtype, known)
+
+    def _stream(self, memory: Memory) -> MixStream:
+        assert isinstance(memory, MixMemory)
+        return MixStream(self.linear, memory)
 
 
 @dataclass(frozen=True)

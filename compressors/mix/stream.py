@@ -1,35 +1,32 @@
-"""The coder of one stream of `mix` or `lin`: integers, few-valued floats as integers, other floats by their fields."""
+"""One stream of `mix` or `lin`: integers, few-valued floats as integers, other floats by their fields, differences."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from kcomplex.errors import StreamError
+from kcomplex.estimators.code import Memory, decode_pieces, encode_pieces
+from kcomplex.estimators.coder import Part, size_of
 from kcomplex.estimators.description import STRUCTURE
-from kcomplex.estimators.estimator import Coder, EncodedTensor, Part, Shape, Symbols, symbol_dtype, word_shape
-from kcomplex.estimators.given import ordered_words
+from kcomplex.estimators.differences import ordered_words
 from kcomplex.estimators.structure import Reader, varint
-from kcomplex.weights import TensorHandle, tensor_from_words, values_of, word_dtype, words_of
+from kcomplex.estimators.symbols import Shape, Symbols, symbol_dtype, symbol_shape, symbols_of
+from kcomplex.weights import tensor_from_words, values_of, word_dtype, words_of
 
-from ..transforms.palette import Palette
-from .differences import (
-    DifferenceMemory,
-    DifferenceMix,
-    GivenNumbers,
-    new_difference_memory,
-)
+from ..transforms.palette import Palette, index_dtype
+from .differences import DifferenceMemory, DifferenceMix, GivenNumbers, new_difference_memory
 from .floats import FORMATS, FloatFormat, FloatMix, new_float_memory
 from .integers import LARGEST, IntegerMix, new_integer_memory
 from .line import ordinary
-from .matrix import Memory
+from .matrix import Memory as MatrixMemory
 
 # What the first byte of a tensor given another says.
 _ALONE, _AS_NUMBERS, _AS_PALETTE = 0, 1, 2
@@ -40,122 +37,141 @@ _MOST_VALUES = 4096
 _FEWEST_USES = 4
 
 
-@dataclass(frozen=True)
-class LearningMix(Coder):
-    """The coder of one stream; see `kcomplex.compressors.mix.mix.Mix`."""
-
-    linear: bool
-    memory: Memory = field(default_factory=new_integer_memory)
-    name: ClassVar[str] = "learning_mix"
-
-    @property
-    def sequential(self) -> bool:
-        """True: tensors learn from those before them."""
-        return True
+class MixMemory(Memory):
+    """What the tensors of a stream leave to those after them: integers, floats, and differences from given ones."""
 
     @cached_property
-    def floats(self) -> Memory:
-        """What tensors of floats leave to each other."""
+    def integers(self) -> MatrixMemory:
+        """What integers leave to each other."""
+        return new_integer_memory()
+
+    @cached_property
+    def floats(self) -> MatrixMemory:
+        """What floats leave to each other."""
         return new_float_memory()
-
-    def encode_tensor(self, handle: TensorHandle, shared: bytes) -> EncodedTensor:
-        """Return the stream of a tensor: integers; or a table and integers, or fields, of floats."""
-        if handle.dtype not in FORMATS or not handle.elements:
-            return super().encode_tensor(handle, shared)
-        words = words_of(handle.read())
-        side, (symbols,) = Palette().split(words)
-        if symbols is words or not _is_few_valued(symbols, words.itemsize):
-            coder = FloatMix(FORMATS[handle.dtype], self.linear, self.floats)
-            return EncodedTensor([Part(STRUCTURE, b"\0"), *coder.encode_words(words, handle.shape)])
-        parts = [Part(STRUCTURE, varint(len(side))), Part("tables", side)]
-        return EncodedTensor(parts + self.encode_words(symbols, handle.shape))
-
-    def decode_tensor(self, data: bytes, dtype: torch.dtype, shape: Shape, shared: bytes) -> torch.Tensor:
-        """Return the tensor, bit for bit."""
-        if dtype not in FORMATS or not math.prod(shape):
-            return super().decode_tensor(data, dtype, shape, shared)
-        reader, word = Reader(data), word_dtype(dtype)
-        length = reader.varint()
-        if not length:
-            coder = FloatMix(FORMATS[dtype], self.linear, self.floats)
-            return tensor_from_words(coder.decode_words(reader.rest(), shape, word), dtype, shape)
-        side = reader.take(length)
-        ((_, indices),) = Palette().layout(side, shape, word)
-        symbols = self.decode_words(reader.rest(), shape, indices)
-        return tensor_from_words(Palette().join(side, [symbols], shape, word), dtype, shape)
 
     @cached_property
     def differences(self) -> DifferenceMemory:
-        """What tensors given others leave to each other."""
+        """What differences leave to each other."""
         return new_difference_memory()
 
-    def takes_given(self) -> bool:
-        """Return True; see `RelativeCode`."""
-        return True
+    def copy(self) -> MixMemory:
+        """Return a memory that knows the same and learns for itself."""
+        copy = MixMemory(self.shared)
+        copy.__dict__.update({name: part.copy() for name, part in self._parts().items()})
+        return copy
 
-    def encode_given(self, handle: TensorHandle, known: torch.Tensor, shared: bytes) -> EncodedTensor:
-        """Return the stream of a tensor given another, or alone; see `RelativeCode.encode_given`."""
-        tensor = handle.read()
-        return EncodedTensor(
-            self._shorter(
-                _likeness(tensor, known),
-                lambda coder: coder.encode_tensor(handle, shared).parts,
-                lambda coder: coder._differences(tensor, known),
+    def become(self, other: MixMemory) -> None:
+        """Take over what another memory, not used any more, has learned."""
+        self.__dict__.update(other._parts())
+
+    def _parts(self) -> dict[str, MatrixMemory]:
+        """Return the parts that were used so far."""
+        return {name: self.__dict__[name] for name in ("integers", "floats", "differences") if name in self.__dict__}
+
+
+@dataclass
+class MixStream:
+    """Codes tensors and integers one after another; the memory learns from each."""
+
+    linear: bool
+    memory: MixMemory
+
+    def encode(self, tensor: torch.Tensor) -> list[Part]:
+        """Return the stream of a tensor: integers; or a table and integers, or fields, of floats."""
+        if tensor.dtype not in FORMATS or not tensor.numel():
+            return self.encode_symbols(symbols_of(tensor))
+        words = symbols_of(tensor)
+        side, (symbols,) = Palette().split(words)
+        if symbols is words or not _is_few_valued(symbols, words.itemsize):
+            coder = FloatMix(FORMATS[tensor.dtype], self.linear, self.memory.floats)
+            return [Part(STRUCTURE, b"\0"), *encode_pieces(words, lambda piece, start: coder.encode_parts(piece))]
+        return [Part(STRUCTURE, varint(len(side))), Part("tables", side), *self.encode_symbols(symbols)]
+
+    def decode(self, data: bytes, dtype: torch.dtype, shape: Shape) -> torch.Tensor:
+        """Return the tensor, bit for bit."""
+        word = word_dtype(dtype)
+        if dtype not in FORMATS or not math.prod(shape):
+            symbols = self.decode_symbols(data, symbol_shape(dtype, shape), symbol_dtype(dtype))
+            return tensor_from_words(symbols.view(word), dtype, shape)
+        reader = Reader(data)
+        length = reader.varint()
+        if not length:
+            coder = FloatMix(FORMATS[dtype], self.linear, self.memory.floats)
+            words = decode_pieces(
+                reader.rest(), shape, word, lambda piece, size, start: coder.decode(piece, size, word)
             )
+            return tensor_from_words(words, dtype, shape)
+        side = reader.take(length)
+        table = _table(side, shape, word)
+        return tensor_from_words(self._looked_up(table, reader.rest(), shape), dtype, shape)
+
+    def encode_symbols(self, symbols: Symbols) -> list[Part]:
+        """Return layout (structure), choices of the linear prediction (tables) and the payload of integers."""
+        coder = IntegerMix(self.linear, self.memory.integers)
+        return encode_pieces(symbols, lambda piece, start: coder.encode_parts(piece))
+
+    def decode_symbols(self, data: bytes, shape: Shape, dtype: np.dtype[Any]) -> Symbols:
+        """Return the integers of `encode_symbols`."""
+        coder = IntegerMix(self.linear, self.memory.integers)
+        return decode_pieces(data, shape, dtype, lambda piece, size, start: coder.decode(piece, size, dtype))
+
+    def encode_given(self, tensor: torch.Tensor, known: torch.Tensor) -> list[Part]:
+        """Return the stream of a tensor given another one of its shape, or alone."""
+        return self._shorter(
+            _likeness(tensor, known),
+            lambda stream: stream.encode(tensor),
+            lambda stream: stream._differences(tensor, known),
         )
 
-    def decode_given(
-        self, data: bytes, dtype: torch.dtype, shape: Shape, known: torch.Tensor, shared: bytes
-    ) -> torch.Tensor:
-        """Return the tensor; see `RelativeCode.decode_given`."""
+    def decode_given(self, data: bytes, dtype: torch.dtype, shape: Shape, known: torch.Tensor) -> torch.Tensor:
+        """Return the tensor of `encode_given`."""
         reader, word = Reader(data), word_dtype(dtype)
         form = reader.take(1)[0]
         if form == _ALONE:
-            return self.decode_tensor(reader.rest(), dtype, shape, shared)
+            return self.decode(reader.rest(), dtype, shape)
         if form == _AS_PALETTE and dtype in FORMATS:
             side = reader.take(reader.varint())
-            palette = _SortedPalette.of(side, shape, word)
+            palette = _SortedPalette.of(_table(side, shape, word))
             given = GivenNumbers(values_of(known).reshape(-1), palette.numbers(dtype))
-            indices = self._difference(None, given).decode_words(reader.rest(), shape, palette.indices)
+            indices = self._decode_differences(None, given, reader.rest(), shape, palette.ranks.dtype)
             if indices.size and int(indices.max()) >= palette.words.size:
                 raise StreamError(f"mix: the index {indices.max()} in a table of {palette.words.size} words")
             return tensor_from_words(palette.words[indices], dtype, shape)
         if form != _AS_NUMBERS:
             raise StreamError(f"mix: a tensor given another can't begin with {form}")
-        coder = self._difference(FORMATS.get(dtype), _given_numbers(dtype, known))
-        symbol, whole = symbol_dtype(dtype), word_shape(dtype, shape)
-        words = coder.decode_words(reader.rest(), whole, word if dtype in FORMATS else symbol).view(word)
-        return tensor_from_words(words if dtype in FORMATS else ordered_words(words, dtype), dtype, shape)
+        given, whole = _given_numbers(dtype, known), symbol_shape(dtype, shape)
+        if dtype in FORMATS:
+            return tensor_from_words(
+                self._decode_differences(FORMATS[dtype], given, reader.rest(), whole, word), dtype, shape
+            )
+        symbols = self._decode_differences(None, given, reader.rest(), whole, symbol_dtype(dtype))
+        return tensor_from_words(ordered_words(symbols.view(word), dtype), dtype, shape)
 
-    def encode_words_given(self, words: Symbols, shape: Shape, known: torch.Tensor) -> list[Part]:
-        """Return the parts of integers given numbers, or alone; see `RelativeCoder.encode_words_given`."""
+    def encode_symbols_given(self, symbols: Symbols, known: torch.Tensor) -> list[Part]:
+        """Return the parts of integers given numbers that they may have been made from, or alone."""
         given = values_of(known).reshape(-1)
         return self._shorter(
-            0.0 if known.is_complex() else _correlation(words.reshape(-1), given),
-            lambda coder: coder.encode_words(words, shape),
-            lambda coder: coder._integer_differences(words, shape, GivenNumbers(given)),
+            0.0 if known.is_complex() else _correlation(symbols.reshape(-1), given),
+            lambda stream: stream.encode_symbols(symbols),
+            lambda stream: stream._integer_differences(symbols, GivenNumbers(given)),
         )
 
-    def decode_words_given(self, data: bytes, shape: Shape, dtype: np.dtype[Any], known: torch.Tensor) -> Symbols:
-        """Return the integers; see `RelativeCoder.decode_words_given`."""
+    def decode_symbols_given(self, data: bytes, shape: Shape, dtype: np.dtype[Any], known: torch.Tensor) -> Symbols:
+        """Return the integers of `encode_symbols_given`."""
         reader = Reader(data)
         form = reader.take(1)[0]
         if form == _ALONE:
-            return self.decode_words(reader.rest(), shape, dtype)
+            return self.decode_symbols(reader.rest(), shape, dtype)
         if form != _AS_NUMBERS:
             raise StreamError(f"mix: integers given numbers can't begin with {form}")
-        return self._difference(None, GivenNumbers(values_of(known).reshape(-1))).decode_words(
-            reader.rest(), shape, dtype
-        )
-
-    def _difference(self, layout: FloatFormat | None, given: GivenNumbers) -> DifferenceMix:
-        return DifferenceMix(layout, self.linear, self.differences, given)
+        return self._decode_differences(None, GivenNumbers(values_of(known).reshape(-1)), reader.rest(), shape, dtype)
 
     def _shorter(
         self,
         likeness: float,
-        alone: Callable[[LearningMix], list[Part]],
-        differences: Callable[[LearningMix], list[Part] | None],
+        alone: Callable[[MixStream], list[Part]],
+        differences: Callable[[MixStream], list[Part] | None],
     ) -> list[Part]:
         """Return the shorter of two encodings, or the one that is so as a matter of course; learn from that alone."""
         if likeness >= _ALIKE:
@@ -164,24 +180,14 @@ class LearningMix(Coder):
                 return only
         if not _UNLIKE < likeness < _ALIKE:
             return [Part(STRUCTURE, bytes([_ALONE])), *alone(self)]
-        one, other = self._copy(), self._copy()
+        one, other = (MixStream(self.linear, self.memory.copy()) for _ in range(2))
         trials = [([Part(STRUCTURE, bytes([_ALONE])), *alone(one)], one)]
         parts = differences(other)
         if parts is not None:
             trials.append((parts, other))
-        parts, trial = min(trials, key=lambda pair: sum(len(part.data) for part in pair[0]))
-        for own, learned in zip(self._memories(), trial._memories(), strict=True):
-            own.become(learned)
+        parts, trial = min(trials, key=lambda pair: size_of(pair[0]))
+        self.memory.become(trial.memory)
         return parts
-
-    def _copy(self) -> LearningMix:
-        copy = LearningMix(self.linear)
-        for own, learned in zip(copy._memories(), self._memories(), strict=True):
-            own.become(learned.copy())
-        return copy
-
-    def _memories(self) -> tuple[Memory, Memory, Memory]:
-        return self.memory, self.floats, self.differences
 
     def _differences(self, tensor: torch.Tensor, known: torch.Tensor) -> list[Part] | None:
         """Return the parts of a tensor's differences from another; None where there are no such differences."""
@@ -191,62 +197,74 @@ class LearningMix(Coder):
         if dtype not in FORMATS:
             if not _is_integer(dtype) and known.dtype != dtype:
                 return None
-            symbols = ordered_words(words, dtype).view(symbol_dtype(dtype))
-            return self._integer_differences(symbols, word_shape(dtype, shape), _given_numbers(dtype, known))
+            symbols = ordered_words(words, dtype).view(symbol_dtype(dtype)).reshape(symbol_shape(dtype, shape))
+            return self._integer_differences(symbols, _given_numbers(dtype, known))
         if dtype is torch.float64 and ((words << np.uint64(1)) >> np.uint64(63)).any():
             return None
-        side, (indices,) = Palette().split(words)
-        if indices is not words and _is_few_valued(indices, words.itemsize):
-            palette = _SortedPalette.of(side, shape, words.dtype)
+        shaped = words.reshape(shape)
+        side, (indices,) = Palette().split(shaped)
+        if indices is not shaped and _is_few_valued(indices, words.itemsize):
+            palette = _SortedPalette.of(_table(side, shape, words.dtype))
             numbers = palette.numbers(dtype)
             if np.isfinite(numbers).all():
-                coder = self._difference(None, GivenNumbers(values_of(known).reshape(-1), numbers))
+                given = GivenNumbers(values_of(known).reshape(-1), numbers)
                 structure = [Part(STRUCTURE, bytes([_AS_PALETTE]) + varint(len(side))), Part("tables", side)]
-                return [*structure, *coder.encode_words(palette.ranks[indices], shape)]
-        coder = self._difference(FORMATS[dtype], _given_numbers(dtype, known))
-        return [Part(STRUCTURE, bytes([_AS_NUMBERS])), *coder.encode_words(words, shape)]
+                return [*structure, *self._encode_differences(None, given, palette.ranks[indices])]
+        given = _given_numbers(dtype, known)
+        parts = self._encode_differences(FORMATS[dtype], given, shaped)
+        return [Part(STRUCTURE, bytes([_AS_NUMBERS])), *parts]
 
-    def _integer_differences(self, symbols: Symbols, shape: Shape, given: GivenNumbers) -> list[Part] | None:
+    def _integer_differences(self, symbols: Symbols, given: GivenNumbers) -> list[Part] | None:
         if not symbols.size or max(abs(int(symbols.max())), abs(int(symbols.min()))) >= LARGEST:
             return None
-        return [Part(STRUCTURE, bytes([_AS_NUMBERS])), *self._difference(None, given).encode_words(symbols, shape)]
+        return [Part(STRUCTURE, bytes([_AS_NUMBERS])), *self._encode_differences(None, given, symbols)]
 
-    @property
-    def integers(self) -> IntegerMix:
-        """The coder of integers."""
-        return IntegerMix(self.linear, self.memory)
+    def _encode_differences(self, layout: FloatFormat | None, given: GivenNumbers, symbols: Symbols) -> list[Part]:
+        coder = DifferenceMix(layout, self.linear, self.memory.differences, given)
+        return encode_pieces(symbols, lambda piece, start: coder.encode_parts(piece))
 
-    def encode(self, symbols: Symbols) -> bytes:
-        """Return the stream; see `Coder.encode`."""
-        return self.integers.encode(symbols)
+    def _decode_differences(
+        self, layout: FloatFormat | None, given: GivenNumbers, data: bytes, shape: Shape, dtype: np.dtype[Any]
+    ) -> Symbols:
+        coder = DifferenceMix(layout, self.linear, self.memory.differences, given)
+        return decode_pieces(data, shape, dtype, lambda piece, size, start: coder.decode(piece, size, dtype))
 
-    def encode_parts(self, symbols: Symbols) -> list[Part]:
-        """Return layout (structure), choices of the linear prediction (tables) and the payload."""
-        return self.integers.encode_parts(symbols)
+    def _looked_up(self, table: Symbols, data: bytes, shape: Shape) -> Symbols:
+        """Return the words of a table whose positions are coded as integers."""
+        indices = self.decode_symbols(data, shape, index_dtype(table.size))
+        if indices.size and int(indices.max()) >= table.size:
+            raise StreamError(f"mix: the index {indices.max()} in a table of {table.size} words")
+        words: Symbols = table[indices]
+        return words
 
-    def decode(self, data: bytes, shape: Shape, dtype: np.dtype[Any]) -> Symbols:
-        """Return the integers; see `Coder.decode`."""
-        return self.integers.decode(data, shape, dtype)
+
+def _table(side: bytes, shape: Shape, dtype: np.dtype[Any]) -> Symbols:
+    """Return the words of a palette.
+
+    Raises
+    ------
+    StreamError
+        It has none.
+    """
+    words = Palette().table(side, shape, dtype)
+    if words is None:
+        raise StreamError("mix: the stream lacks the table of its indices")
+    return words
 
 
 class _SortedPalette(NamedTuple):
-    """A palette's words in the order of their numbers; their indices' dtype, and what each former index becomes."""
+    """A palette's words in the order of their numbers, and what each former index becomes."""
 
     words: Symbols
-    indices: np.dtype[Any]
     ranks: Symbols
 
     @classmethod
-    def of(cls, side: bytes, shape: Shape, dtype: np.dtype[Any]) -> _SortedPalette:
-        words = Palette().table(side, shape, dtype)
-        if words is None:
-            raise StreamError("mix: the stream lacks the table of its indices")
-        ((_, indices),) = Palette().layout(side, shape, dtype)
-        signed = ordered_words(words, torch.float32).view(f"i{dtype.itemsize}")
+    def of(cls, words: Symbols) -> _SortedPalette:
+        signed = ordered_words(words, torch.float32).view(f"i{words.itemsize}")
         order = np.argsort(signed, kind="stable")
-        ranks = np.empty(words.size, indices)
+        ranks = np.empty(words.size, index_dtype(words.size))
         ranks[order] = np.arange(words.size)
-        return cls(words[order], indices, ranks)
+        return cls(words[order], ranks)
 
     def numbers(self, dtype: torch.dtype) -> NDArray[np.float64]:
         return values_of(tensor_from_words(self.words, dtype, (self.words.size,))).astype(np.float64)

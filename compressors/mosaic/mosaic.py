@@ -13,8 +13,10 @@ import torch
 from numpy.typing import NDArray
 
 from kcomplex.errors import SpecError, StreamError, WeightsError
-from kcomplex.estimators.estimator import Layout, Quantised, Quantiser, Shape
+from kcomplex.estimators.arrays import require_forms
+from kcomplex.estimators.coder import Quantised, Quantiser
 from kcomplex.estimators.structure import Reader, varint
+from kcomplex.estimators.symbols import Shape
 from kcomplex.motifs.blocks import blocks_of, draw_motifs, motif_count, update_motifs
 from kcomplex.motifs.nearest import Rows, distinct, nearest
 from kcomplex.weights import TensorHandle
@@ -121,7 +123,7 @@ class Mosaic(Quantiser):
         return told + b"".join(pack_codebook(sorted_rows(book)) for book in books)
 
     def quantise(self, values: NDArray[np.floating[Any]], shared: bytes) -> Quantised:
-        """Return indices, flat; or words and the code of their dtype, where a block isn't in the codebook.
+        """Return indices, flat; or words and the number of their dtype, where a block isn't in the codebook.
 
         Raises
         ------
@@ -136,31 +138,24 @@ class Mosaic(Quantiser):
         rows = find_blocks(bits_of(values).reshape(-1), bits_of(table))
         if rows is not None:
             return Quantised(rows.astype(index))
-        code, words = narrow(values)
-        return Quantised(words, bytes([code]))
-
-    def layout(self, side: bytes, shape: Shape, dtype: np.dtype[Any], shared: bytes) -> Layout:
-        """Return shape and dtype of indices or words; see `Quantiser.layout`."""
-        if side:
-            return shape, narrow_word_dtype(self._literal(side), dtype)
-        table = self._table(dtype, shared)
-        return (-(-math.prod(shape) // table.shape[1]),), _index_dtype(len(table))
+        width, words = narrow(values)
+        return Quantised(words, bytes([width]))
 
     def reconstruct(
         self, quantised: Quantised, shape: Shape, dtype: np.dtype[Any], shared: bytes
     ) -> NDArray[np.floating[Any]]:
         """Return the values of the motifs, or of the words; see `Quantiser.reconstruct`."""
-        expected, _ = self.layout(quantised.side, shape, dtype, shared)
-        if quantised.codes.shape != expected:
-            raise StreamError(
-                f"{quantised.codes.shape} codes can't give values of shape {shape}: {expected} are needed"
-            )
+        symbols = quantised.symbols
         if quantised.side:
-            return widen(self._literal(quantised.side), quantised.codes, dtype)
+            width = self._literal(quantised.side)
+            require_forms(self.name, [symbols], [(shape, narrow_word_dtype(width, dtype))])
+            return widen(width, symbols, dtype)
         table = self._table(dtype, shared)
-        if quantised.codes.size and int(quantised.codes.max()) >= len(table):
-            raise StreamError(f"the index {quantised.codes.max()} is beyond the {len(table)} motifs of the codebook")
-        return table[quantised.codes].reshape(-1)[: math.prod(shape)].reshape(shape).astype(dtype, copy=False)
+        indices = (-(-math.prod(shape) // table.shape[1]),)
+        require_forms(self.name, [symbols], [(indices, _index_dtype(len(table)))])
+        if symbols.size and int(symbols.max()) >= len(table):
+            raise StreamError(f"the index {symbols.max()} is beyond the {len(table)} motifs of the codebook")
+        return table[symbols].reshape(-1)[: math.prod(shape)].reshape(shape).astype(dtype, copy=False)
 
     def _literal(self, side: bytes) -> int:
         if len(side) != 1 or not self.lossless:

@@ -112,10 +112,10 @@ def count_strings(bits: NDArray[np.bool_]) -> NDArray[np.int64]:
     packed = np.packbits(bits[: strings * STRING_BITS])
     # Three bytes hold two strings.
     triples = np.concatenate([packed, np.zeros(-packed.size % 3, np.uint8)]).reshape(-1, 3).astype(np.uint16)
-    codes = np.empty((triples.shape[0], 2), np.uint16)
-    codes[:, 0] = triples[:, 0] << 4 | triples[:, 1] >> 4
-    codes[:, 1] = (triples[:, 1] & 15) << 8 | triples[:, 2]
-    return np.bincount(codes.reshape(-1)[:strings], minlength=1 << STRING_BITS)
+    strings_seen = np.empty((triples.shape[0], 2), np.uint16)
+    strings_seen[:, 0] = triples[:, 0] << 4 | triples[:, 1] >> 4
+    strings_seen[:, 1] = (triples[:, 1] & 15) << 8 | triples[:, 2]
+    return np.bincount(strings_seen.reshape(-1)[:strings], minlength=1 << STRING_BITS)
 
 
 @cache

@@ -9,10 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kcomplex.errors import SpecError
-from kcomplex.estimators.estimator import Layout, Quantised, Quantiser, Shape
+from kcomplex.estimators.arrays import require_forms
+from kcomplex.estimators.coder import Quantised, Quantiser
+from kcomplex.estimators.symbols import Shape
 
 from .scales import Values, bounded, pack_scales, row_count, rows, unpack_scales
-from .uniform import code_dtype, within
+from .uniform import signed_dtype, within
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,7 @@ class DeadZone(Quantiser):
     Parameters
     ----------
     bits
-        Bits a code, 2 to 16. The codes are int8 up to 8 bits, else int16.
+        Bits a symbol, 2 to 16. The symbols are int8 up to 8 bits, else int16.
     zeros
         Share of each tensor's values that become zero, from 0 to below 1: t is that quantile of the magnitudes. The
         share is met from below; values that equal t are kept. None makes the zero bin as wide as the others
@@ -62,35 +64,31 @@ class DeadZone(Quantiser):
 
     @property
     def top(self) -> int:
-        """The largest code."""
+        """The largest symbol."""
         return int(2 ** (self.bits - 1) - 1)
 
     def quantise(self, values: NDArray[np.floating[Any]], shared: bytes) -> Quantised:
-        """Return codes in the values' shape, and threshold and step; see `Quantiser.quantise`."""
+        """Return symbols in the values' shape, and threshold and step; see `Quantiser.quantise`."""
         table = rows(values, self.per_row)
         magnitudes = np.abs(table)
         bins = self._bins(magnitudes)
         threshold, step = bins[:, :1], bins[:, 1:]
         # Without a step all values that are kept equal the threshold: the first bin is theirs.
         numbers = np.floor((magnitudes - threshold) / np.where(step == 0, np.inf, step)) + 1
-        codes = np.where(magnitudes < threshold, 0, np.sign(table) * np.clip(numbers, 1, self.top))
-        return Quantised(codes.astype(code_dtype(self.bits)).reshape(values.shape), pack_scales(bins))
-
-    def layout(self, side: bytes, shape: Shape, dtype: np.dtype[Any], shared: bytes) -> Layout:
-        """Return the values' shape and the codes' dtype; see `Quantiser.layout`."""
-        unpack_scales(side, 2 * row_count(shape, self.per_row), dtype)
-        return shape, code_dtype(self.bits)
+        symbols = np.where(magnitudes < threshold, 0, np.sign(table) * np.clip(numbers, 1, self.top))
+        return Quantised(symbols.astype(signed_dtype(self.bits)).reshape(values.shape), pack_scales(bins))
 
     def reconstruct(
         self, quantised: Quantised, shape: Shape, dtype: np.dtype[Any], shared: bytes
     ) -> NDArray[np.floating[Any]]:
         """Return the middles of the bins; see `Quantiser.reconstruct`."""
+        require_forms(self.name, [quantised.symbols], [(shape, signed_dtype(self.bits))])
         bins = unpack_scales(quantised.side, 2 * row_count(shape, self.per_row), dtype).reshape(-1, 2)
         threshold, step = bins[:, :1], bins[:, 1:]
-        codes = rows(within(quantised.codes, self.top).astype(dtype), self.per_row)
+        symbols = rows(within(quantised.symbols, self.top).astype(dtype), self.per_row)
         with np.errstate(over="ignore"):
-            levels: Values = (np.abs(codes) - 0.5) * step + threshold
-        values: Values = bounded(levels) * np.sign(codes) + 0.0
+            levels: Values = (np.abs(symbols) - 0.5) * step + threshold
+        values: Values = bounded(levels) * np.sign(symbols) + 0.0
         return values.reshape(shape)
 
     def _bins(self, magnitudes: Values) -> Values:

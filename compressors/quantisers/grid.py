@@ -10,7 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kcomplex.errors import SpecError, StreamError
-from kcomplex.estimators.estimator import Layout, Quantised, Quantiser, Shape
+from kcomplex.estimators.arrays import require_forms
+from kcomplex.estimators.coder import Quantised, Quantiser
+from kcomplex.estimators.symbols import Shape
 
 from .rate_distortion import SHIFTS, choose_levels
 from .scales import Values, bounded, pack_scales, unpack_scales
@@ -54,8 +56,9 @@ class Grid(Quantiser):
 
     Notes
     -----
-    Each tensor's side information is its step (4 bytes, for float64 tensors 8), the width of its codes and two shifts:
-    how far codes of magnitude 1, and those above, lie from their multiples, as the means of what they stand for do.
+    Each tensor's side information is its step (4 bytes, for float64 tensors 8), the width of its symbols and two
+    shifts: how far symbols of magnitude 1, and those above, lie from their multiples, as the means of what they stand
+    for do.
     """
 
     step: float = 0.01
@@ -76,33 +79,29 @@ class Grid(Quantiser):
             raise SpecError("grid: rounding needs trellis=False and price=0, which choose otherwise")
 
     def quantise(self, values: NDArray[np.floating[Any]], shared: bytes) -> Quantised:
-        """Return codes in the values' shape, and step, width and shifts; see `Quantiser.quantise`."""
+        """Return symbols in the values' shape, and step, width and shifts; see `Quantiser.quantise`."""
         step = self._step(values)
         scaled = values.astype(np.float64) / float(step)
         if self.trellis or self.price:
-            codes, shifts = choose_levels(scaled, self.price, trellis=self.trellis, contexts=self.contexts)
+            symbols, shifts = choose_levels(scaled, self.price, trellis=self.trellis, contexts=self.contexts)
         else:
             nearest = self.rounding == _NEAREST
             rounded = np.rint(scaled) if nearest else np.sign(scaled) * np.floor(np.abs(scaled) + self.rounding)
-            codes, shifts = rounded.astype(np.int32), np.zeros(2, np.int8)
-        largest = int(np.abs(codes).max(initial=0))
+            symbols, shifts = rounded.astype(np.int32), np.zeros(2, np.int8)
+        largest = int(np.abs(symbols).max(initial=0))
         width = next(width for width, dtype in enumerate(_DTYPES) if largest >> (8 * dtype.itemsize - 1) == 0)
         side = pack_scales(np.array([step])) + bytes([width]) + shifts.tobytes()
-        return Quantised(np.asarray(codes, _DTYPES[width]), side)
-
-    def layout(self, side: bytes, shape: Shape, dtype: np.dtype[Any], shared: bytes) -> Layout:
-        """Return the values' shape and the codes' dtype; see `Quantiser.layout`."""
-        _, width, _ = _unpacked(side, dtype)
-        return shape, _DTYPES[width]
+        return Quantised(np.asarray(symbols, _DTYPES[width]), side)
 
     def reconstruct(
         self, quantised: Quantised, shape: Shape, dtype: np.dtype[Any], shared: bytes
     ) -> NDArray[np.floating[Any]]:
-        """Return the multiples that the codes stand for, moved by their shifts; see `Quantiser.reconstruct`."""
-        step, _, shifts = _unpacked(quantised.side, dtype)
-        codes = within(quantised.codes, 2 * _MOST_LEVELS)
-        multiples = multiples_of(codes) if self.trellis else codes
-        moves = np.sign(codes) * shifts[np.minimum(np.abs(codes), 2)]
+        """Return the multiples that the symbols stand for, moved by their shifts; see `Quantiser.reconstruct`."""
+        step, width, shifts = _unpacked(quantised.side, dtype)
+        require_forms(self.name, [quantised.symbols], [(shape, _DTYPES[width])])
+        symbols = within(quantised.symbols, 2 * _MOST_LEVELS)
+        multiples = multiples_of(symbols) if self.trellis else symbols
+        moves = np.sign(symbols) * shifts[np.minimum(np.abs(symbols), 2)]
         with np.errstate(over="ignore"):
             products: Values = (multiples.astype(dtype) + moves.astype(dtype)) * step
         return np.asarray(bounded(products) + 0.0).reshape(shape)

@@ -11,8 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kcomplex.errors import SpecError, StreamError
-from kcomplex.estimators.estimator import Layout, Quantised, Quantiser, Shape
+from kcomplex.estimators.arrays import require_forms
+from kcomplex.estimators.coder import Quantised, Quantiser
 from kcomplex.estimators.structure import Reader
+from kcomplex.estimators.symbols import Shape
 from kcomplex.machine.compiled import compiled
 from kcomplex.weights import TensorHandle
 
@@ -87,11 +89,11 @@ class Lloyd(Quantiser):
         return bytes([values.dtype.itemsize]) + pack_codebook(self._codebook(values))
 
     def quantise(self, values: NDArray[np.floating[Any]], shared: bytes) -> Quantised:
-        """Return codes in the values' shape, and the codebook where it isn't shared; see `Quantiser.quantise`."""
+        """Return symbols in the values' shape, and the codebook where it isn't shared; see `Quantiser.quantise`."""
         side = b"" if self.shared else pack_codebook(self._codebook(values.reshape(-1)[:: _stride(values.size)]))
         levels = self._levels(side, values.dtype, shared)
         if not (levels.size and values.size):
-            return Quantised(np.zeros(values.shape, _code_dtype(levels.size)), side)
+            return Quantised(np.zeros(values.shape, _signed_dtype(levels.size)), side)
         scale = float(np.abs(levels).max()) or 1.0
         flat, fitted = values.reshape(-1).astype(np.float64) / scale, levels.astype(np.float64) / scale
         places = np.searchsorted((fitted[1:] + fitted[:-1]) / 2, flat)
@@ -103,25 +105,22 @@ class Lloyd(Quantiser):
             for _ in range(_PASSES):
                 used, edges = _cells(fitted, _penalties(np.bincount(places, minlength=fitted.size), weight))
                 places = used[np.searchsorted(edges, flat)]
-        codes = (places - np.abs(levels).argmin()).astype(_code_dtype(levels.size))
-        return Quantised(codes.reshape(values.shape), side)
-
-    def layout(self, side: bytes, shape: Shape, dtype: np.dtype[Any], shared: bytes) -> Layout:
-        """Return the values' shape and the codes' dtype; see `Quantiser.layout`."""
-        return shape, _code_dtype(self._levels(side, dtype, shared).size)
+        symbols = (places - np.abs(levels).argmin()).astype(_signed_dtype(levels.size))
+        return Quantised(symbols.reshape(values.shape), side)
 
     def reconstruct(
         self, quantised: Quantised, shape: Shape, dtype: np.dtype[Any], shared: bytes
     ) -> NDArray[np.floating[Any]]:
-        """Return the levels that the codes name; see `Quantiser.reconstruct`."""
+        """Return the levels that the symbols name; see `Quantiser.reconstruct`."""
         levels = self._levels(quantised.side, dtype, shared)
-        if not quantised.codes.size:
+        require_forms(self.name, [quantised.symbols], [(shape, _signed_dtype(levels.size))])
+        if not quantised.symbols.size:
             return np.zeros(shape, dtype)
         if not levels.size:
-            raise StreamError("there are codes and no level that they could stand for: the stream is corrupted")
-        places = quantised.codes.astype(np.int64) + np.abs(levels).argmin()
+            raise StreamError("there are symbols and no level that they could stand for: the stream is corrupted")
+        places = quantised.symbols.astype(np.int64) + np.abs(levels).argmin()
         if places.min() < 0 or places.max() >= levels.size:
-            raise StreamError(f"a code is beyond the {levels.size} levels of its codebook: the stream is corrupted")
+            raise StreamError(f"a symbol is beyond the {levels.size} levels of its codebook: the stream is corrupted")
         return np.asarray(levels[places]).reshape(shape)
 
     def _codebook(self, values: NDArray[np.floating[Any]]) -> NDArray[np.floating[Any]]:
@@ -166,7 +165,7 @@ def _stride(size: int) -> int:
     return max(1, size // _FITTED)
 
 
-def _code_dtype(levels: int) -> np.dtype[np.signedinteger[Any]]:
+def _signed_dtype(levels: int) -> np.dtype[np.signedinteger[Any]]:
     return np.dtype(np.int8 if levels <= 128 else np.int16)
 
 

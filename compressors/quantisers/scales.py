@@ -1,4 +1,4 @@
-"""Scales as side information: the floats that quantisers multiply their codes with."""
+"""Scales as side information: the floats that quantisers multiply their symbols with."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kcomplex.errors import StreamError
-from kcomplex.estimators.estimator import Shape
+from kcomplex.estimators.symbols import Shape
 
 Values = NDArray[np.floating[Any]]
 
@@ -48,10 +48,10 @@ def unpack_scales(side: bytes, count: int, dtype: np.dtype[Any]) -> Values:
     return scales.reshape(count, 1)
 
 
-def scaled(codes: Values, scales: Values, shape: Shape) -> Values:
+def scaled(symbols: Values, scales: Values, shape: Shape) -> Values:
     """Return the products in a shape, none larger than the dtype holds; zeros are positive zeros."""
     with np.errstate(over="ignore"):
-        products: Values = codes * scales
+        products: Values = symbols * scales
     return (bounded(products) + 0.0).reshape(shape)
 
 

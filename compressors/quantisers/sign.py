@@ -9,7 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kcomplex.errors import StreamError
-from kcomplex.estimators.estimator import Layout, Quantised, Quantiser, Shape
+from kcomplex.estimators.arrays import require_forms
+from kcomplex.estimators.coder import Quantised, Quantiser
+from kcomplex.estimators.symbols import Shape
 
 from .scales import pack_scales, row_count, rows, scaled, unpack_scales
 
@@ -18,7 +20,7 @@ from .scales import pack_scales, row_count, rows, scaled, unpack_scales
 class Sign(Quantiser):
     """Replaces every value by plus or minus the mean magnitude, which of all scales leaves the least squared error.
 
-    The codes are 1 for positive values, else 0, one byte each: it's the coder that makes them one bit. A zero counts as
+    The symbols are 1 for positive values, else 0, one byte each: the coder makes one bit of them. A zero counts as
     negative and comes back as minus the scale, unless all values are zero: then the scale is 0.
 
     Parameters
@@ -49,17 +51,13 @@ class Sign(Quantiser):
         scales = (means * largest).astype(values.dtype)
         return Quantised(np.asarray(values > 0).astype(np.uint8), pack_scales(scales))
 
-    def layout(self, side: bytes, shape: Shape, dtype: np.dtype[Any], shared: bytes) -> Layout:
-        """Return the values' shape and uint8; see `Quantiser.layout`."""
-        unpack_scales(side, row_count(shape, self.per_row), dtype)
-        return shape, np.dtype(np.uint8)
-
     def reconstruct(
         self, quantised: Quantised, shape: Shape, dtype: np.dtype[Any], shared: bytes
     ) -> NDArray[np.floating[Any]]:
         """Return plus or minus the scale; see `Quantiser.reconstruct`."""
+        require_forms(self.name, [quantised.symbols], [(shape, np.dtype(np.uint8))])
         scales = unpack_scales(quantised.side, row_count(shape, self.per_row), dtype)
-        if quantised.codes.size and quantised.codes.max() > 1:
-            raise StreamError(f"{quantised.codes.max()} isn't a sign: the stream is corrupted")
-        signs = rows(quantised.codes.astype(dtype), self.per_row) * 2 - 1
+        if quantised.symbols.size and quantised.symbols.max() > 1:
+            raise StreamError(f"{quantised.symbols.max()} isn't a sign: the stream is corrupted")
+        signs = rows(quantised.symbols.astype(dtype), self.per_row) * 2 - 1
         return scaled(signs, scales, shape)

@@ -9,7 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kcomplex.errors import SpecError, StreamError
-from kcomplex.estimators.estimator import Layout, Quantised, Quantiser, Shape
+from kcomplex.estimators.arrays import require_forms
+from kcomplex.estimators.coder import Quantised, Quantiser
+from kcomplex.estimators.symbols import Shape
 
 from .scales import pack_scales, row_count, rows, scaled, unpack_scales
 
@@ -21,7 +23,7 @@ class Uniform(Quantiser):
     Parameters
     ----------
     bits
-        Bits a code, 2 to 16: ``2 * q + 1`` levels. The codes are int8 up to 8 bits, else int16.
+        Bits a symbol, 2 to 16: ``2 * q + 1`` levels. The symbols are int8 up to 8 bits, else int16.
     per_row
         One scale for each row of the first axis instead of one a tensor. Tensors with fewer than two axes keep one.
 
@@ -45,45 +47,41 @@ class Uniform(Quantiser):
 
     @property
     def top(self) -> int:
-        """The largest code."""
+        """The largest symbol."""
         return int(2 ** (self.bits - 1) - 1)
 
     def quantise(self, values: NDArray[np.floating[Any]], shared: bytes) -> Quantised:
-        """Return codes in the values' shape, and the scales; see `Quantiser.quantise`."""
+        """Return symbols in the values' shape, and the scales; see `Quantiser.quantise`."""
         table = rows(values, self.per_row)
         scales = np.abs(table).max(axis=1, initial=0, keepdims=True) / self.top
         # Where all is zero any step will do; this one spares the division by zero.
         steps = np.where(scales == 0, 1, scales)
-        codes = np.clip(np.rint(table / steps), -self.top, self.top).astype(code_dtype(self.bits))
-        return Quantised(codes.reshape(values.shape), pack_scales(scales))
-
-    def layout(self, side: bytes, shape: Shape, dtype: np.dtype[Any], shared: bytes) -> Layout:
-        """Return the values' shape and the codes' dtype; see `Quantiser.layout`."""
-        unpack_scales(side, row_count(shape, self.per_row), dtype)
-        return shape, code_dtype(self.bits)
+        symbols = np.clip(np.rint(table / steps), -self.top, self.top).astype(signed_dtype(self.bits))
+        return Quantised(symbols.reshape(values.shape), pack_scales(scales))
 
     def reconstruct(
         self, quantised: Quantised, shape: Shape, dtype: np.dtype[Any], shared: bytes
     ) -> NDArray[np.floating[Any]]:
-        """Return the scale times the codes; see `Quantiser.reconstruct`."""
+        """Return the scale times the symbols; see `Quantiser.reconstruct`."""
+        require_forms(self.name, [quantised.symbols], [(shape, signed_dtype(self.bits))])
         scales = unpack_scales(quantised.side, row_count(shape, self.per_row), dtype)
-        codes = within(quantised.codes, self.top)
-        return scaled(rows(codes.astype(dtype), self.per_row), scales, shape)
+        symbols = within(quantised.symbols, self.top)
+        return scaled(rows(symbols.astype(dtype), self.per_row), scales, shape)
 
 
-def code_dtype(bits: int) -> np.dtype[np.signedinteger[Any]]:
-    """Return the shortest dtype for signed codes of so many bits: int8 or int16."""
+def signed_dtype(bits: int) -> np.dtype[np.signedinteger[Any]]:
+    """Return the shortest dtype for signed symbols of so many bits: int8 or int16."""
     return np.dtype(np.int8 if bits <= 8 else np.int16)
 
 
-def within(codes: NDArray[np.integer[Any]], top: int) -> NDArray[np.integer[Any]]:
-    """Return codes after checking that their magnitude is at most ``top``.
+def within(symbols: NDArray[np.integer[Any]], top: int) -> NDArray[np.integer[Any]]:
+    """Return symbols after checking that their magnitude is at most ``top``.
 
     Raises
     ------
     StreamError
         It isn't.
     """
-    if codes.size and not (-top <= codes.min() and codes.max() <= top):
-        raise StreamError(f"a code is beyond {top}, the largest of its quantiser: the stream is corrupted")
-    return codes
+    if symbols.size and not (-top <= symbols.min() and symbols.max() <= top):
+        raise StreamError(f"a symbol is beyond {top}, the largest of its quantiser: the stream is corrupted")
+    return symbols

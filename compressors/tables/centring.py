@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from kcomplex.estimators.estimator import Symbols
+from kcomplex.estimators.symbols import Symbols
 
 _SAMPLE = 1 << 13
 

@@ -10,11 +10,11 @@ import torch
 from numpy.typing import NDArray
 
 from kcomplex.errors import StreamError
-from kcomplex.estimators.estimator import Shape
 from kcomplex.estimators.structure import Reader, varint
+from kcomplex.estimators.symbols import Shape
 from kcomplex.weights import Words, tensor_from_words, values_of, word_dtype, words_of
 
-# The position of a dtype is its code in streams: append only.
+# The position of a dtype is its number in streams: append only.
 _FLOATS = (
     torch.float8_e4m3fn,
     torch.float8_e5m2,
@@ -37,7 +37,7 @@ def bits_of(values: NDArray[np.floating[Any]]) -> Words:
 
 
 def narrow(values: NDArray[np.floating[Any]]) -> tuple[int, Words]:
-    """Return the code of the narrowest float dtype that holds every value bit for bit, and the words in it.
+    """Return the number of the narrowest float dtype that holds every value bit for bit, and the words in it.
 
     A checkpoint in a short dtype reaches a quantiser as float32: this gives its own words back, or shorter ones.
 
@@ -50,28 +50,28 @@ def narrow(values: NDArray[np.floating[Any]]) -> tuple[int, Words]:
     tensor = torch.from_numpy(np.ascontiguousarray(values))
     head = tensor.reshape(-1)[:4096]
     shortest = values.dtype.itemsize if bool(tensor.isnan().any()) else 1
-    for code, dtype in enumerate(_FLOATS):
+    for number, dtype in enumerate(_FLOATS):
         if shortest <= dtype.itemsize <= values.dtype.itemsize and _survives(head, dtype) and _survives(tensor, dtype):
-            return code, words_of(tensor.to(dtype)).reshape(values.shape)
+            return number, words_of(tensor.to(dtype)).reshape(values.shape)
     raise AssertionError(f"{values.dtype} isn't a dtype of values")
 
 
-def widen(code: int, words: NDArray[np.integer[Any]], dtype: np.dtype[Any]) -> NDArray[np.floating[Any]]:
+def widen(number: int, words: NDArray[np.integer[Any]], dtype: np.dtype[Any]) -> NDArray[np.floating[Any]]:
     """Return the values of words that `narrow` made of float32 or float64 values, in that dtype."""
-    return values_of(tensor_from_words(words, _FLOATS[code], words.shape)).astype(dtype, copy=False)
+    return values_of(tensor_from_words(words, _FLOATS[number], words.shape)).astype(dtype, copy=False)
 
 
-def narrow_word_dtype(code: int, dtype: np.dtype[Any]) -> np.dtype[Any]:
+def narrow_word_dtype(number: int, dtype: np.dtype[Any]) -> np.dtype[Any]:
     """Return the dtype of the words that `narrow` made of values of a dtype.
 
     Raises
     ------
     StreamError
-        No dtype has this code, or `narrow` wouldn't have chosen it.
+        No dtype has this number, or `narrow` wouldn't have chosen it.
     """
-    if code >= len(_FLOATS) or _FLOATS[code].itemsize > dtype.itemsize:
-        raise StreamError(f"{code} isn't the code of a float dtype that fits in {dtype}")
-    return word_dtype(_FLOATS[code])
+    if number >= len(_FLOATS) or _FLOATS[number].itemsize > dtype.itemsize:
+        raise StreamError(f"{number} isn't the number of a float dtype that fits in {dtype}")
+    return word_dtype(_FLOATS[number])
 
 
 def pack_codebook(rows: NDArray[np.floating[Any]]) -> bytes:
@@ -82,7 +82,7 @@ def pack_codebook(rows: NDArray[np.floating[Any]]) -> bytes:
     """
     if not len(rows):
         return varint(0)
-    code, words = narrow(rows)
+    number, words = narrow(rows)
     plain = words.astype(words.dtype.newbyteorder("<")).tobytes()
     columns = words.T.copy()
     columns[0, 1:] = words[1:, 0] - words[:-1, 0]
@@ -90,7 +90,7 @@ def pack_codebook(rows: NDArray[np.floating[Any]]) -> bytes:
     packed = deflater.compress(_planes(columns)) + deflater.flush()
     packed = varint(len(packed)) + packed
     head = varint(len(rows))
-    return head + (bytes([code]) + plain if len(plain) <= len(packed) else bytes([code | _DEFLATED]) + packed)
+    return head + (bytes([number]) + plain if len(plain) <= len(packed) else bytes([number | _DEFLATED]) + packed)
 
 
 def sorted_rows(rows: NDArray[np.floating[Any]]) -> NDArray[np.floating[Any]]:
@@ -111,8 +111,8 @@ def unpack_codebook(reader: Reader, size: int, dtype: np.dtype[Any]) -> NDArray[
     if not count:
         return np.zeros((0, size), dtype)
     flag = reader.take(1)[0]
-    code = flag & ~_DEFLATED
-    word = narrow_word_dtype(code, dtype)
+    number = flag & ~_DEFLATED
+    word = narrow_word_dtype(number, dtype)
     length = count * size * word.itemsize
     if flag & _DEFLATED:
         columns = _from_planes(_inflate(reader.take(reader.varint()), length), (size, count), word)
@@ -120,7 +120,7 @@ def unpack_codebook(reader: Reader, size: int, dtype: np.dtype[Any]) -> NDArray[
         words = columns.T
     else:
         words = np.frombuffer(reader.take(length), word.newbyteorder("<")).reshape(count, size).astype(word)
-    return widen(code, words, dtype)
+    return widen(number, words, dtype)
 
 
 def _survives(tensor: torch.Tensor, dtype: torch.dtype) -> bool:

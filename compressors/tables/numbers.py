@@ -7,8 +7,8 @@ import math
 import numpy as np
 
 from kcomplex.errors import StreamError
-from kcomplex.estimators.estimator import Shape
 from kcomplex.estimators.structure import Reader
+from kcomplex.estimators.symbols import Shape
 
 from .logistic import exponential
 

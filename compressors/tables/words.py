@@ -9,7 +9,8 @@ from typing import Any, ClassVar
 import numpy as np
 
 from kcomplex.errors import StreamError
-from kcomplex.estimators.estimator import Coder, Shape, Symbols
+from kcomplex.estimators.coder import Coder
+from kcomplex.estimators.symbols import Shape, Symbols
 
 
 def to_bytes(symbols: Symbols) -> bytes:

@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kcomplex.errors import StreamError
-from kcomplex.estimators.estimator import Symbols
 from kcomplex.estimators.structure import Reader, varint
+from kcomplex.estimators.symbols import Symbols
 
 from ..tables.numbers import unzigzag, zigzag
 from ..tables.universal import decode_integers, encode_integers

@@ -10,7 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kcomplex.errors import StreamError
-from kcomplex.estimators.estimator import Layout, Shape, Symbols, Transform
+from kcomplex.estimators.arrays import require_forms
+from kcomplex.estimators.coder import Transform
+from kcomplex.estimators.symbols import Shape, Symbols
 
 from ..tables.alphabet import alphabet, decode_alphabet, encode_alphabet, positions
 from .lattice import decode_lattice, encode_lattice
@@ -42,7 +44,7 @@ class Palette(Transform):
         if found is None or not symbols.size:
             return _PASSED_THROUGH, [symbols]
         words, counts = found
-        indices = positions(symbols, words, _index_dtype(words.size).type)
+        indices = positions(symbols, words, index_dtype(words.size).type)
         flag, order = _ASCENDING, _float_order(words)
         if order is not None and _spread(counts[order]) < _spread(counts):
             flag = _AS_FLOATS
@@ -65,14 +67,10 @@ class Palette(Transform):
         """
         return _table(side, shape, dtype)
 
-    def layout(self, side: bytes, shape: Shape, dtype: np.dtype[Any]) -> list[Layout]:
-        """Return shape and dtype of the indices, or of the symbols; see `Transform.layout`."""
-        words = _table(side, shape, dtype)
-        return [(shape, dtype if words is None else _index_dtype(words.size))]
-
     def join(self, side: bytes, streams: list[Symbols], shape: Shape, dtype: np.dtype[Any]) -> Symbols:
         """Return the symbols; see `Transform.join`."""
         words = _table(side, shape, dtype)
+        require_forms(self.name, streams, [(shape, dtype if words is None else index_dtype(words.size))])
         if words is None:
             return streams[0]
         indices = streams[0]
@@ -128,5 +126,6 @@ def _largest_palette(size: int, width: int) -> int:
     return largest
 
 
-def _index_dtype(words: int) -> np.dtype[np.unsignedinteger[Any]]:
+def index_dtype(words: int) -> np.dtype[np.unsignedinteger[Any]]:
+    """Return the smallest unsigned dtype that holds the positions in a table of so many words."""
     return np.min_scalar_type(max(words - 1, 0))

@@ -10,7 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kcomplex.errors import SpecError, StreamError
-from kcomplex.estimators.estimator import Layout, Shape, Symbols, Transform
+from kcomplex.estimators.arrays import Form, require_forms
+from kcomplex.estimators.coder import Transform
+from kcomplex.estimators.symbols import Shape, Symbols
 
 _BYTE = np.dtype(np.uint8)
 
@@ -49,7 +51,7 @@ class Planes(Transform):
         if symbols.dtype.itemsize == 1:
             return b"", [symbols]
         columns = _big_endian_bytes(symbols)
-        return b"", [np.ascontiguousarray(columns[..., index]) for index in range(symbols.dtype.itemsize)]
+        return b"", [columns[..., index].copy() for index in range(symbols.dtype.itemsize)]
 
     def payload_names(self, streams: int) -> list[str]:
         """Return ``byte plane 1`` (the most significant) and so on, for planes of bits too."""
@@ -58,16 +60,11 @@ class Planes(Transform):
         planes = 1 if self.unit == "byte" else 8
         return [f"byte plane {index // planes + 1}" for index in range(streams)]
 
-    def layout(self, side: bytes, shape: Shape, dtype: np.dtype[Any]) -> list[Layout]:
-        """Return shape and dtype of each plane; see `Transform.layout`."""
-        if side:
-            raise StreamError(f"planes: {len(side)} bytes of side information where there is none")
-        if self.unit == "bit":
-            return [((-(-math.prod(shape) // 8),), _BYTE)] * (8 * dtype.itemsize)
-        return [(shape, dtype)] if dtype.itemsize == 1 else [(shape, _BYTE)] * dtype.itemsize
-
     def join(self, side: bytes, streams: list[Symbols], shape: Shape, dtype: np.dtype[Any]) -> Symbols:
         """Return the symbols; see `Transform.join`."""
+        if side:
+            raise StreamError(f"planes: {len(side)} bytes of side information where there is none")
+        require_forms(self.name, streams, self._forms(shape, dtype))
         if self.unit == "bit":
             return _from_bit_planes(streams, shape, dtype)
         if dtype.itemsize == 1:
@@ -77,6 +74,12 @@ class Planes(Transform):
             columns[..., index] = plane
         joined: Symbols = columns.view(dtype.newbyteorder(">")).reshape(shape).astype(dtype)
         return joined
+
+    def _forms(self, shape: Shape, dtype: np.dtype[Any]) -> list[Form]:
+        """Return shape and dtype of each plane."""
+        if self.unit == "bit":
+            return [((-(-math.prod(shape) // 8),), _BYTE)] * (8 * dtype.itemsize)
+        return [(shape, dtype)] if dtype.itemsize == 1 else [(shape, _BYTE)] * dtype.itemsize
 
 
 def _big_endian_bytes(symbols: Symbols) -> NDArray[np.uint8]:

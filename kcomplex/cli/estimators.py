@@ -49,7 +49,8 @@ def stage_kind(cls: Any) -> str:
         The class is none of these, or can't be built without options.
     """
     from kcomplex.errors import SpecError
-    from kcomplex.estimators.estimator import Estimator, Quantiser, Transform
+    from kcomplex.estimators.coder import Quantiser, Transform
+    from kcomplex.estimators.estimator import Estimator
 
     if not (isinstance(cls, type) and issubclass(cls, Estimator | Transform | Quantiser)):
         raise SpecError(f"{cls!r} is no estimator, transform or quantiser")

@@ -38,6 +38,9 @@ class TensorDescription:
         Sum of squared differences to what the decoder gives back; 0 for a lossless estimator.
     exact
         Whether the decoder gives back every bit.
+    same_as
+        Name of the earlier tensor that this one is the same as, or the transpose of, and costs nothing beside; empty
+        for most.
     """
 
     name: str
@@ -49,6 +52,7 @@ class TensorDescription:
     parts: Mapping[str, float] = field(default_factory=dict)
     squared_error: float = 0.0
     exact: bool = True
+    same_as: str = ""
 
 
 @dataclass(frozen=True)

@@ -1,22 +1,25 @@
 """The structure of a checkpoint as bytes: which tensors there are, and how long each one's stream is.
 
-Every decodable description pays for it, so that its bits give back a whole checkpoint and not loose numbers.
+Every decodable description pays for it, so that its bits give back a whole checkpoint and not loose numbers. What is
+alike of all tensors stands together (names, dtypes, shapes, lengths ...), as deflate likes it.
 """
 
 from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
 from kcomplex.errors import StreamError
+from kcomplex.estimators.duplicates import Original, can_be_duplicate
 from kcomplex.weights import DTYPES, Weights, dtype_name
 
-MAGIC = b"kcx1"
-# The position is the code in streams: only ever append.
+MAGIC = b"kcx2"
+_FIRST_MAGIC = b"kcx1"
+# The position is the number in streams: only ever append.
 _DTYPE_NAMES = (
     "bfloat16",
     "bool",
@@ -40,7 +43,11 @@ _DTYPE_NAMES = (
     "uint64",
     "uint8",
 )
-_DTYPE_CODES = {name: code for code, name in enumerate(_DTYPE_NAMES)}
+_DTYPE_NUMBERS = {name: number for number, name in enumerate(_DTYPE_NAMES)}
+# Added to a dtype's number where the tensor is the same as an earlier one, or as its transpose.
+_SAME, _TRANSPOSED = 64, 128
+# What follows the lengths: how many pieces each tensor has (else one), and what its code chose (else nothing).
+_PIECES, _CHOICES = 1, 2
 _MOST_DIMENSIONS = 64
 # Deflate makes at most 1032 bytes of one; a header that claims more lies.
 _DEFLATE_LIMIT = 1032
@@ -48,22 +55,52 @@ _DEFLATE_LIMIT = 1032
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """One tensor in the structure: its names (the first is its own), dtype, shape and stream length in bytes."""
+    """One tensor in the structure.
+
+    Attributes
+    ----------
+    names
+        Its own, then its aliases.
+    dtype, shape
+        Of the tensor; of a piece of it, that piece's shape.
+    lengths, choices
+        Bytes of the stream of each of its pieces, and what its code chose for it (0 to 255); none of a tensor that is
+        the same as an earlier one.
+    original, transposed
+        Position of that earlier tensor, and whether this is its transpose; None for a tensor with streams of its own.
+    """
 
     names: tuple[str, ...]
     dtype: torch.dtype
     shape: tuple[int, ...]
-    length: int
+    lengths: tuple[int, ...] = (0,)
+    choices: tuple[int, ...] = (0,)
+    original: int | None = None
+    transposed: bool = False
 
     @property
     def nbytes(self) -> int:
         """Bytes of the tensor itself."""
         return math.prod(self.shape) * self.dtype.itemsize
 
+    @property
+    def length(self) -> int:
+        """Bytes of all its streams."""
+        return sum(self.lengths)
+
+    @property
+    def choice(self) -> int:
+        """What its code chose for its first piece."""
+        return self.choices[0]
+
+    def piece(self, place: int, shape: tuple[int, ...]) -> TensorEntry:
+        """Return the entry of one of its pieces."""
+        return replace(self, shape=shape, lengths=(self.lengths[place],), choices=(self.choices[place],))
+
 
 @dataclass(frozen=True)
 class Structure:
-    """What a stream says before its payload: the estimator's specification, shared bytes, tensors."""
+    """What a stream says before its payload: the estimator's specification, shared bytes, tensors, its own size."""
 
     spec: str
     shared: int
@@ -71,33 +108,68 @@ class Structure:
     size: int
 
 
-def encode_structure(spec: str, weights: Weights, shared: int, lengths: Iterable[int]) -> bytes:
+def entries_of(
+    weights: Weights, originals: Mapping[str, Original], streams: Mapping[str, Sequence[tuple[int, int]]]
+) -> list[TensorEntry]:
+    """Return the entries of weights.
+
+    Parameters
+    ----------
+    originals
+        Of the tensors that are the same as an earlier one, by name.
+    streams
+        Of all others: length in bytes and choice of the stream of each of their pieces, by name.
+    """
+    places = {name: place for place, name in enumerate(weights)}
+    entries = []
+    for name, handle in weights.items():
+        original, told = originals.get(name), streams.get(name, ())
+        entries.append(
+            TensorEntry(
+                (handle.name, *handle.aliases),
+                handle.dtype,
+                handle.shape,
+                tuple(length for length, _ in told),
+                tuple(choice for _, choice in told),
+                None if original is None else places[original.name],
+                original is not None and original.transposed,
+            )
+        )
+    return entries
+
+
+def encode_structure(spec: str, shared: int, entries: Sequence[TensorEntry]) -> bytes:
     """Return the structure's bytes: magic, length, and the deflated table of tensors.
 
     Parameters
     ----------
     spec
         Specification of the estimator that decodes.
-    weights
-        Whose names, aliases, dtypes and shapes to store.
     shared
         Length in bytes of the side information shared by all tensors.
-    lengths
-        Length in bytes of each tensor's stream, in the order of the weights.
     """
     body = bytearray()
     _put_text(body, spec)
-    body += varint(shared)
-    body += varint(len(weights))
-    for handle, length in zip(weights.values(), lengths, strict=True):
-        body += varint(len(handle.aliases) + 1)
-        for name in (handle.name, *handle.aliases):
+    own = [entry for entry in entries if entry.original is None]
+    counts = [len(entry.lengths) for entry in own]
+    choices = [choice for entry in own for choice in entry.choices]
+    flags = (_PIECES if any(count != 1 for count in counts) else 0) | (_CHOICES if any(choices) else 0)
+    body += join_lengths([shared, flags, len(entries)])
+    body += join_lengths(len(entry.names) for entry in entries)
+    for entry in entries:
+        for name in entry.names:
             _put_text(body, name)
-        body += varint(_DTYPE_CODES[dtype_name(handle.dtype)])
-        body += varint(len(handle.shape))
-        for side in handle.shape:
-            body += varint(side)
-        body += varint(length)
+    for entry in entries:
+        marks = 0 if entry.original is None else _SAME | (_TRANSPOSED if entry.transposed else 0)
+        body.append(_DTYPE_NUMBERS[dtype_name(entry.dtype)] | marks)
+    body += join_lengths(len(entry.shape) for entry in entries)
+    body += join_lengths(side for entry in entries for side in entry.shape)
+    body += join_lengths(place - entry.original for place, entry in enumerate(entries) if entry.original is not None)
+    if flags & _PIECES:
+        body += join_lengths(counts)
+    body += join_lengths(length for entry in own for length in entry.lengths)
+    if flags & _CHOICES:
+        body += bytes(choices)
     packed = zlib.compress(bytes(body), 9)
     return MAGIC + varint(len(body)) + varint(len(packed)) + packed
 
@@ -110,6 +182,8 @@ def decode_structure(data: bytes) -> Structure:
     StreamError
         The bytes aren't a stream of kcomplex, or are truncated or corrupted.
     """
+    if data.startswith(_FIRST_MAGIC):
+        raise StreamError("the stream is of a version that this kcomplex no longer reads (1): encode the weights anew")
     if not data.startswith(MAGIC):
         raise StreamError("this isn't a kcomplex stream: it doesn't begin with its magic bytes")
     outer = Reader(data, len(MAGIC))
@@ -124,20 +198,54 @@ def decode_structure(data: bytes) -> Structure:
     if len(body) != unpacked_size or not inflater.eof:
         raise StreamError("the structure of the stream hasn't the length that it claims")
     reader = Reader(body)
-    spec, shared = reader.text(), reader.varint()
-    tensors = []
-    for _ in range(reader.varint()):
-        names = tuple(reader.text() for _ in range(reader.count()))
-        code = reader.varint()
-        if code >= len(_DTYPE_NAMES) or not names:
-            raise StreamError("the structure of the stream names an unknown dtype or a tensor without a name")
-        shape = tuple(reader.varint() for _ in range(reader.count()))
-        if len(shape) > _MOST_DIMENSIONS or math.prod(max(side, 1) for side in shape) >= 1 << 60:
-            raise StreamError(f"the tensor {names[0]!r} claims the impossible shape {shape}")
-        tensors.append(TensorEntry(names, DTYPES[_DTYPE_NAMES[code]], shape, reader.varint()))
+    spec, shared, flags = reader.text(), reader.varint(), reader.varint()
+    if flags > _PIECES | _CHOICES:
+        raise StreamError(f"the structure of the stream has unknown flags: {flags}")
+    entries = _bare_entries(reader)
+    own = [place for place, entry in enumerate(entries) if entry.original is None]
+    counts = [reader.count() for _ in own] if flags & _PIECES else [1] * len(own)
+    if sum(counts) > reader.left:
+        raise StreamError(f"the structure announces {sum(counts)} pieces in {reader.left} bytes")
+    lengths = [[reader.varint() for _ in range(count)] for count in counts]
+    choices = [tuple(reader.take(count) if flags & _CHOICES else bytes(count)) for count in counts]
+    for place, found, chosen in zip(own, lengths, choices, strict=True):
+        entries[place] = replace(entries[place], lengths=tuple(found), choices=chosen)
     if reader.left:
         raise StreamError("the structure of the stream has bytes left over")
-    return Structure(spec, shared, tuple(tensors), outer.position)
+    return Structure(spec, shared, tuple(entries), outer.position)
+
+
+def _bare_entries(reader: Reader) -> list[TensorEntry]:
+    """Return the entries in a structure, without the lengths of their streams."""
+    total = reader.count()
+    counts = [reader.count() for _ in range(total)]
+    names = [tuple(reader.text() for _ in range(count)) for count in counts]
+    if not all(counts):
+        raise StreamError("the structure of the stream names an unknown dtype or a tensor without a name")
+    marked = reader.take(total)
+    dimensions = [reader.count() for _ in range(total)]
+    shapes = [tuple(reader.varint() for _ in range(count)) for count in dimensions]
+    entries: list[TensorEntry] = []
+    for place, (own, mark, shape) in enumerate(zip(names, marked, shapes, strict=True)):
+        number = mark & ~(_SAME | _TRANSPOSED)
+        if number >= len(_DTYPE_NAMES) or (mark & _TRANSPOSED and not mark & _SAME):
+            raise StreamError("the structure of the stream names an unknown dtype or a tensor without a name")
+        if len(shape) > _MOST_DIMENSIONS or math.prod(max(side, 1) for side in shape) >= 1 << 60:
+            raise StreamError(f"the tensor {own[0]!r} claims the impossible shape {shape}")
+        entry = TensorEntry(own, DTYPES[_DTYPE_NAMES[number]], shape)
+        if mark & _SAME:
+            original = place - reader.varint()
+            transposed = bool(mark & _TRANSPOSED)
+            if not 0 <= original < place or not _is_original(entries[original], entry, transposed):
+                raise StreamError(f"the tensor {own[0]!r} is said to be the same as one that it can't be the same as")
+            entry = replace(entry, lengths=(), choices=(), original=original, transposed=transposed)
+        entries.append(entry)
+    return entries
+
+
+def _is_original(other: TensorEntry, entry: TensorEntry, transposed: bool) -> bool:
+    alike = other.original is None and other.dtype == entry.dtype
+    return alike and can_be_duplicate(entry.shape, other.shape, transposed)
 
 
 class Reader:

@@ -22,10 +22,13 @@ import numpy as np
 import torch
 
 from kcomplex.errors import KComplexError, SourceNotFoundError, StreamError, VerificationError, WeightsError
-from kcomplex.estimators.estimator import Code, EncodedTensor, Estimator
+from kcomplex.estimators.code import Code, EncodedTensor, Memory
+from kcomplex.estimators.coder import Coder
+from kcomplex.estimators.duplicates import duplicate, find_duplicates
+from kcomplex.estimators.estimator import Estimator
 from kcomplex.estimators.given import GivenSource
 from kcomplex.estimators.pipeline import build_decoder, build_estimator
-from kcomplex.estimators.structure import TensorEntry
+from kcomplex.estimators.structure import TensorEntry, entries_of
 from kcomplex.kcz.index import HEAD, Notes, PieceStream, digest_of, encode_index, read_index
 from kcomplex.kcz.pieces import Piece, handles_of
 from kcomplex.machine.files import refuse_overwriting, replacing
@@ -33,7 +36,7 @@ from kcomplex.machine.limits import require_memory
 from kcomplex.machine.parallel import in_order
 from kcomplex.sources.formats.safetensors_file import original_layout, safetensors_header
 from kcomplex.sources.open import Source, open_weights
-from kcomplex.weights import TensorHandle, Weights, values_of, words_of
+from kcomplex.weights import TensorHandle, Weights, Words, squared_error, word_dtype, words_of
 
 # Weights a piece.
 _LIMIT = 1 << 22
@@ -44,7 +47,7 @@ Progress = Callable[[TensorHandle], None]
 def encode_file(
     source: Source,
     path: str | os.PathLike[str],
-    estimator: str | Estimator,
+    estimator: str | Estimator | Coder,
     *,
     given: GivenSource | None = None,
     jobs: int = 1,
@@ -91,27 +94,31 @@ def encode_file(
 
 def _write(file: BinaryIO, weights: Weights, code: Code, notes: Notes, jobs: int, progress: Progress | None) -> None:
     shared = code.prepare(weights)
+    memory = code.memory(shared)
     file.write(HEAD + shared)
     limit = _LIMIT if code.divisible else 0
-    coder, digests = code.fresh(), bytearray(digest_of(shared))
-    lengths: dict[str, list[int]] = {name: [] for name in weights}
+    digests = bytearray(digest_of(shared))
+    originals = find_duplicates(weights)
+    streams: dict[str, list[tuple[int, int]]] = {name: [] for name in weights if name not in originals}
     inexact: dict[str, float] = {}
 
     def encode(piece: TensorHandle) -> tuple[TensorHandle, bytes, EncodedTensor]:
-        encoded = coder.encode_tensor(piece, shared)
+        encoded = code.encode(piece, memory)
         return piece, encoded.to_bytes(), encoded
 
-    pieces = (piece for handle in weights.values() for piece in handles_of(handle, limit))
+    pieces = (piece for name in streams for piece in handles_of(weights[name], limit))
     for piece, stream, encoded in in_order(encode, pieces, 1 if code.sequential else jobs):
         file.write(stream)
         digests += digest_of(stream)
-        lengths[piece.name].append(len(stream))
+        streams[piece.name].append((len(stream), encoded.choice))
         if not encoded.exact:
             inexact[piece.name] = encoded.squared_error
         if progress is not None:
             progress(piece)
+    inexact |= {name: inexact[original.name] for name, original in originals.items() if original.name in inexact}
+    entries = entries_of(weights, originals, streams)
     notes = replace(notes, inexact=inexact)
-    file.write(encode_index(code.full_spec, weights, len(shared), limit, lengths, bytes(digests), notes))
+    file.write(encode_index(code.stream_spec(memory), len(shared), limit, entries, bytes(digests), notes))
 
 
 class Container:
@@ -157,7 +164,9 @@ class Container:
         self._streams = index.streams
         self._code = build_decoder(index.spec, self._given)
         self._shared = self._section(*index.shared, "the shared side information")
-        self._decoder, self._next = self._code.fresh(), 0
+        # What was read last of a code that learns, and the stream that follows it.
+        self._memory: Memory | None = None
+        self._next = 0
 
     def pieces(self, jobs: int = 1) -> Iterator[tuple[TensorEntry, Piece, torch.Tensor]]:
         """Yield every tensor piece by piece, no more of them in memory than are being decoded.
@@ -172,7 +181,7 @@ class Container:
         StreamError
             A piece's bytes were changed.
         """
-        decode = partial(self._decoded, self._code.fresh())
+        decode = partial(self._decoded, self._new_memory())
         decoded = in_order(decode, self._streams, 1 if self._code.sequential else jobs)
         for stream, tensor in zip(self._streams, decoded, strict=True):
             yield self.entries[stream.tensor], stream.piece, tensor
@@ -187,46 +196,55 @@ class Container:
         StreamError
             Its bytes were changed.
         """
-        place = next((place for place, entry in enumerate(self.entries) if name in entry.names), None)
-        if place is None:
+        entry = next((entry for entry in self.entries if name in entry.names), None)
+        if entry is None:
             raise WeightsError(f"{self.path}: there is no tensor {name!r}")
-        wanted = [index for index, stream in enumerate(self._streams) if stream.tensor == place]
-        if not self._code.sequential:
-            return self._joined(self.entries[place], self._decoder, wanted)
+        if entry.original is not None:
+            original = self.tensor(self.entries[entry.original].names[0])
+            return duplicate(original, entry.shape, entry.transposed)
+        wanted = [index for index, stream in enumerate(self._streams) if self.entries[stream.tensor] is entry]
         with self._learning:
-            decoder, known = self._decoder, self._next
-            if wanted[0] < known:
-                decoder, known = self._code.fresh(), 0
-            # Should one of the streams be damaged, the decoder has learned half of it and is of no more use.
-            self._decoder, self._next = self._code.fresh(), 0
+            memory, known = self._memory, self._next
+            if memory is None or wanted[0] < known:
+                memory, known = self._new_memory(), 0
+            if not self._code.sequential:
+                self._memory = memory
+                return self._joined(entry, memory, wanted)
+            # Should one of the streams be damaged, half of it has been learned: that memory is of no more use.
+            self._memory = None
             for stream in self._streams[known : wanted[0]]:
-                self._decoded(decoder, stream)
-            tensor = self._joined(self.entries[place], decoder, wanted)
-            self._decoder, self._next = decoder, wanted[-1] + 1
+                self._decoded(memory, stream)
+            tensor = self._joined(entry, memory, wanted)
+            self._memory, self._next = memory, wanted[-1] + 1
             return tensor
 
-    def _joined(self, entry: TensorEntry, decoder: Code, wanted: list[int]) -> torch.Tensor:
-        if len(wanted) == 1:
-            return self._decoded(decoder, self._streams[wanted[0]])
+    def _new_memory(self) -> Memory:
         try:
-            require_memory(entry.nbytes + 2 * max(_of_piece(entry, self._streams[index]).nbytes for index in wanted))
+            return self._code.memory(self._shared)
+        except StreamError as error:
+            raise StreamError(f"{self.path}: {error}") from error
+
+    def _joined(self, entry: TensorEntry, memory: Memory, wanted: list[int]) -> torch.Tensor:
+        if len(wanted) == 1:
+            return self._decoded(memory, self._streams[wanted[0]])
+        try:
+            require_memory(entry.nbytes + 2 * max(self._streams[index].entry.nbytes for index in wanted))
         except StreamError as error:
             raise StreamError(f"{self.path}: the tensor {entry.names[0]!r} can't be decoded: {error}") from error
         data = torch.empty(entry.nbytes, dtype=torch.uint8)
         for index in wanted:
             start, stop, _ = self._streams[index].piece
-            words = words_of(self._decoded(decoder, self._streams[index]))
+            words = words_of(self._decoded(memory, self._streams[index]))
             data.numpy()[start * entry.dtype.itemsize : stop * entry.dtype.itemsize] = words.view(np.uint8)
         return data.view(entry.dtype).reshape(entry.shape)
 
-    def _decoded(self, decoder: Code, stream: PieceStream) -> torch.Tensor:
-        entry = self.entries[stream.tensor]
+    def _decoded(self, memory: Memory, stream: PieceStream) -> torch.Tensor:
+        entry = stream.entry
         what = f"the tensor {entry.names[0]!r}"
         try:
-            piece = _of_piece(entry, stream)
-            require_memory(2 * piece.nbytes)
-            data = self._section(stream.offset, stream.length, stream.digest, what)
-            return decoder.decode_entry(data, piece, self._shared)
+            require_memory(2 * entry.nbytes)
+            data = self._section(stream.offset, entry.length, stream.digest, what)
+            return self._code.decode(entry, data, memory)
         except (StreamError, MemoryError) as error:
             problem = str(error) or "it claims more memory than there is"
             raise StreamError(f"{self.path}: {what} can't be decoded: {problem}") from error
@@ -250,10 +268,6 @@ class Container:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def _of_piece(entry: TensorEntry, stream: PieceStream) -> TensorEntry:
-    return replace(entry, shape=stream.piece.shape)
 
 
 def decode_file(
@@ -284,7 +298,7 @@ def decode_file(
         layout = [(name, entry.dtype, entry.shape) for entry in container.entries for name in entry.names]
         header, offsets = safetensors_header(layout, container.notes.metadata, container.notes.order)
         try:
-            with replacing(target) as temporary, temporary.open("wb") as file:
+            with replacing(target) as temporary, temporary.open("w+b") as file:
                 file.write(header)
                 for entry, piece, tensor in container.pieces(jobs):
                     for name in entry.names:
@@ -292,8 +306,27 @@ def decode_file(
                         file.write(words_of(tensor).data)
                     if progress is not None and piece.stop == math.prod(entry.shape):
                         progress(entry)
+                for entry in container.entries:
+                    if entry.original is None:
+                        continue
+                    original = container.entries[entry.original]
+                    words = _written(file, len(header) + offsets[original.names[0]], original)
+                    if entry.transposed:
+                        words = words.reshape(*original.shape, -1).swapaxes(0, 1)
+                    for name in entry.names:
+                        file.seek(len(header) + offsets[name])
+                        file.write(np.ascontiguousarray(words).data)
+                    if progress is not None:
+                        progress(entry)
         except OSError as error:
             raise KComplexError(f"{target}: can't be written: {error.strerror or error}") from error
+
+
+def _written(file: BinaryIO, offset: int, entry: TensorEntry) -> Words:
+    """Return the words of a tensor that was written to a file."""
+    file.flush()
+    file.seek(offset)
+    return np.frombuffer(file.read(entry.nbytes), word_dtype(entry.dtype))
 
 
 def verify_file(
@@ -315,38 +348,47 @@ def verify_file(
         The file is truncated or corrupted.
     """
     with Container(path, given=given) as container:
-        weights = None if source is None else open_weights(source)
-        if weights is not None:
-            if list(weights) != [entry.names[0] for entry in container.entries]:
-                raise VerificationError(f"{path}: it holds other tensors than {weights.source}")
-            notes = _layout_of(source, weights)
-            if (dict(notes.metadata), notes.order) != (dict(container.notes.metadata), container.notes.order):
-                raise VerificationError(f"{path}: it holds other metadata, or another order, than {weights.source}")
-        handle, original = None, torch.empty(0)
-        for entry, piece, tensor in container.pieces(jobs):
-            if weights is None:
-                continue
-            if not piece.start:
-                handle = weights[entry.names[0]]
-                original = handle.read()
-                if (handle.dtype, handle.shape, (handle.name, *handle.aliases)) != (
-                    entry.dtype,
-                    entry.shape,
-                    entry.names,
-                ):
-                    raise _different(path, entry)
-            part = original if tensor.shape == original.shape else original.reshape(-1)[piece.start : piece.stop]
-            if not _same(part, tensor, container.notes.inexact.get(entry.names[0])):
-                raise _different(path, entry)
-        elements = sum(int(np.prod(entry.shape, dtype=np.int64)) for entry in container.entries)
+        if source is None:
+            for _ in container.pieces(jobs):
+                pass
+        else:
+            _compare(container, source, jobs)
+        elements = sum(math.prod(entry.shape) for entry in container.entries)
         return sum(container.notes.inexact.values()) / max(elements, 1)
 
 
-def _same(original: torch.Tensor, decoded: torch.Tensor, squared_error: float | None) -> bool:
-    if squared_error is None:
+def _compare(container: Container, source: Source, jobs: int) -> None:
+    """Check that a container holds what a source does; see `verify_file`."""
+    path, weights = container.path, open_weights(source)
+    if list(weights) != [entry.names[0] for entry in container.entries]:
+        raise VerificationError(f"{path}: it holds other tensors than {weights.source}")
+    notes = _layout_of(source, weights)
+    if (dict(notes.metadata), notes.order) != (dict(container.notes.metadata), container.notes.order):
+        raise VerificationError(f"{path}: it holds other metadata, or another order, than {weights.source}")
+    for entry in container.entries:
+        handle = weights[entry.names[0]]
+        names = (handle.name, *handle.aliases)
+        if (handle.dtype, handle.shape, names) != (entry.dtype, entry.shape, entry.names):
+            raise _different(path, entry)
+    original = torch.empty(0)
+    for entry, piece, tensor in container.pieces(jobs):
+        if not piece.start:
+            original = weights[entry.names[0]].read()
+        part = original if tensor.shape == original.shape else original.reshape(-1)[piece.start : piece.stop]
+        if not _same(part, tensor, container.notes.inexact.get(entry.names[0])):
+            raise _different(path, entry)
+    for entry in container.entries:
+        if entry.original is not None:
+            first = weights[container.entries[entry.original].names[0]].read()
+            again = duplicate(first, entry.shape, entry.transposed)
+            if not _same(again, weights[entry.names[0]].read(), None):
+                raise _different(path, entry)
+
+
+def _same(original: torch.Tensor, decoded: torch.Tensor, error: float | None) -> bool:
+    if error is None:
         return np.array_equal(words_of(original), words_of(decoded))
-    difference = values_of(original).astype(np.float64) - values_of(decoded).astype(np.float64)
-    return float(np.square(difference).sum()) == squared_error
+    return squared_error(original, decoded) == error
 
 
 def _different(path: str | os.PathLike[str], entry: TensorEntry) -> VerificationError:

@@ -17,17 +17,13 @@ from kcomplex.estimators.structure import (
     TensorEntry,
     decode_structure,
     encode_structure,
-    join_lengths,
     varint,
 )
 from kcomplex.kcz.pieces import Piece, piece_count, pieces_of
-from kcomplex.weights import Weights
 
 MAGIC = b"\x89KCZ\r\n\x1a\n"
-VERSION = 2
+VERSION = 3
 HEAD = MAGIC + bytes([VERSION])
-# In which every tensor is one piece.
-_FIRST_VERSION = 1
 _DIGEST = 8
 _INDEX_DIGEST = 16
 _TRAILER = 8 + _INDEX_DIGEST
@@ -61,12 +57,14 @@ class PieceStream(NamedTuple):
     ----------
     tensor
         Position of the piece's tensor among the entries.
+    entry
+        Of the piece as a tensor of its own.
     """
 
     tensor: int
     piece: Piece
+    entry: TensorEntry
     offset: int
-    length: int
     digest: bytes
 
 
@@ -92,10 +90,9 @@ class Index(NamedTuple):
 
 def encode_index(
     spec: str,
-    weights: Weights,
     shared: int,
     limit: int,
-    lengths: Mapping[str, Sequence[int]],
+    entries: Sequence[TensorEntry],
     digests: bytes,
     notes: Notes,
 ) -> bytes:
@@ -107,16 +104,12 @@ def encode_index(
         Bytes of the side information that tensors share.
     limit
         Weights a piece; 0 for whole tensors.
-    lengths
-        Bytes of every piece's stream, by tensor.
     digests
         Of the shared side information and of every stream, one after another.
     """
     told = {"metadata": dict(notes.metadata), "order": list(notes.order), "inexact": dict(notes.inexact)}
     packed = zlib.compress(json.dumps({key: value for key, value in told.items() if value}).encode(), 9)
-    structure = encode_structure(spec, weights, shared, map(sum, lengths.values()))
-    cuts = join_lengths(length for pieces in lengths.values() for length in pieces[:-1])
-    index = structure + varint(limit) + cuts + digests + packed
+    index = encode_structure(spec, shared, entries) + varint(limit) + digests + packed
     return index + _trailer(HEAD, index)
 
 
@@ -133,8 +126,13 @@ def read_index(file: BinaryIO) -> Index:
     version = head[len(MAGIC) :]
     if not head.startswith(MAGIC):
         raise StreamError("this isn't a .kcz file: it doesn't begin with its magic bytes")
-    if not version or not _FIRST_VERSION <= version[0] <= VERSION:
-        raise StreamError(f"a .kcz file of version {version.hex()}: this kcomplex reads versions up to {VERSION}")
+    if not version or version[0] > VERSION:
+        raise StreamError(f"a .kcz file of version {version.hex()}: this kcomplex reads version {VERSION}")
+    if version[0] < VERSION:
+        raise StreamError(
+            f"a .kcz file of version {version[0]}, which this kcomplex ({VERSION}) no longer reads: decode it with the "
+            "kcomplex that wrote it, and encode it anew"
+        )
     if size < len(HEAD) + _TRAILER:
         raise StreamError("the file is truncated")
     file.seek(size - _TRAILER)
@@ -149,14 +147,17 @@ def read_index(file: BinaryIO) -> Index:
         raise StreamError("the file is truncated or corrupted: its index hasn't the digest that it should have")
     structure = decode_structure(data)
     reader = Reader(data, structure.size)
-    limit = 0 if version[0] == _FIRST_VERSION else reader.varint()
-    lengths = _piece_lengths(structure, limit, reader)
+    limit = reader.varint()
+    _require_pieces(structure, limit, reader)
     shared = (len(HEAD), structure.shared, reader.take(_DIGEST))
     streams, position = [], len(HEAD) + structure.shared
     for place, entry in enumerate(structure.tensors):
-        for piece, taken in zip(pieces_of(entry.shape, limit), lengths[place], strict=True):
-            streams.append(PieceStream(place, piece, position, taken, reader.take(_DIGEST)))
-            position += taken
+        if entry.original is not None:
+            continue
+        for number, piece in enumerate(pieces_of(entry.shape, limit)):
+            told = entry.piece(number, piece.shape)
+            streams.append(PieceStream(place, piece, told, position, reader.take(_DIGEST)))
+            position += told.length
     if position != end:
         raise StreamError("the file hasn't the length that its index announces")
     notes = _read_notes(reader.rest(), {name for entry in structure.tensors for name in entry.names})
@@ -168,24 +169,21 @@ def digest_of(data: bytes) -> bytes:
     return hashlib.blake2b(data, digest_size=_DIGEST).digest()
 
 
-def _piece_lengths(structure: Structure, limit: int, reader: Reader) -> list[list[int]]:
-    """Return the lengths of the streams of every tensor's pieces, which sum to its own.
+def _require_pieces(structure: Structure, limit: int, reader: Reader) -> None:
+    """Refuse an index whose tensors haven't as many streams as pieces.
 
     Raises
     ------
     StreamError
-        There are more pieces than the index has digests, or their streams are longer than the tensor's.
+        They haven't, or there are more of them than digests.
     """
-    counts = [piece_count(entry.shape, limit) for entry in structure.tensors]
-    if (sum(counts) + 1) * _DIGEST > reader.left:
-        raise StreamError(f"the index announces {sum(counts)} pieces in {reader.left} bytes")
-    lengths = []
-    for entry, count in zip(structure.tensors, counts, strict=True):
-        found = [reader.varint() for _ in range(count - 1)]
-        if sum(found) > entry.length:
-            raise StreamError(f"the pieces of the tensor {entry.names[0]!r} are longer than itself")
-        lengths.append([*found, entry.length - sum(found)])
-    return lengths
+    own = [entry for entry in structure.tensors if entry.original is None]
+    total = sum(len(entry.lengths) for entry in own)
+    if (total + 1) * _DIGEST > reader.left:
+        raise StreamError(f"the index announces {total} pieces in {reader.left} bytes")
+    for entry in own:
+        if piece_count(entry.shape, limit) != len(entry.lengths):
+            raise StreamError(f"the tensor {entry.names[0]!r} isn't in as many pieces as the index announces")
 
 
 def _read_notes(packed: bytes, names: set[str]) -> Notes:

@@ -8,10 +8,12 @@ from functools import partial
 from typing import TYPE_CHECKING, TypeAlias
 
 from kcomplex.errors import SpecError
+from kcomplex.estimators.coder import Coder
 from kcomplex.estimators.description import SHARED, Description, shape_text
 from kcomplex.estimators.estimator import Estimator, for_each_tensor
 from kcomplex.estimators.given import GivenSource
-from kcomplex.estimators.pipeline import QuantisedCode, QuantisedLength, build_estimator, quantised_weights
+from kcomplex.estimators.pipeline import build_estimators
+from kcomplex.estimators.quantised import QuantisedCode, QuantisedLength, quantised_weights
 from kcomplex.measuring.floor import TensorFloor, tensor_floor
 from kcomplex.measuring.shuffling import shuffled_weights
 from kcomplex.sources.open import Source, open_weights
@@ -72,7 +74,7 @@ class Explanation:
 
 def explain(
     source: Source,
-    estimators: str | Estimator | Iterable[str | Estimator],
+    estimators: str | Estimator | Coder | Iterable[str | Estimator | Coder],
     *,
     shuffle: int | None = None,
     include: Iterable[str] = (),
@@ -105,8 +107,7 @@ def explain(
     >>> sorted(frame["measured"].unique())
     ['floor', 'shuffled weights', 'weights']
     """
-    wanted = [estimators] if isinstance(estimators, (str, Estimator)) else estimators
-    built = [build_estimator(item, given) for item in wanted]
+    built = build_estimators(estimators, given)
     weights = open_weights(source, include, exclude)
     try:
         floors: dict[str, tuple[TensorFloor, ...]] = {}

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from functools import partial
 
+from kcomplex.estimators.coder import Coder
 from kcomplex.estimators.estimator import Estimator
 from kcomplex.estimators.given import GivenSource
-from kcomplex.estimators.pipeline import build_estimator
+from kcomplex.estimators.pipeline import build_estimators
 from kcomplex.measuring.descriptions import Descriptions
 from kcomplex.sources.open import Source, open_weights
 from kcomplex.weights import TensorHandle, Weights
@@ -17,7 +18,7 @@ DEFAULT_ESTIMATORS = ("raw", "zstd", "planes|zstd", "palette|entropy")
 
 def describe(
     source: Source,
-    estimators: str | Estimator | Iterable[str | Estimator] = DEFAULT_ESTIMATORS,
+    estimators: str | Estimator | Coder | Iterable[str | Estimator | Coder] = DEFAULT_ESTIMATORS,
     *,
     include: Iterable[str] = (),
     exclude: Iterable[str] = (),
@@ -38,7 +39,7 @@ def describe(
         Selection of tensors; see `Weights.select`.
     given
         Weights that the estimators, all of them codes, may use: a checkpoint, or a recipe of an initialisation as in
-        `kcomplex.estimators.given.Given.of`. The lengths are then those of the difference.
+        `kcomplex.estimators.given.given_of`. The lengths are then those of the difference.
     jobs
         Threads to measure tensors with; results don't depend on it.
     progress
@@ -55,8 +56,7 @@ def describe(
     >>> describe({"w": torch.zeros(1000)}, "zstd")[0].kind
     'code'
     """
-    wanted = [estimators] if isinstance(estimators, (str, Estimator)) else estimators
-    built = [build_estimator(item, given) for item in wanted]
+    built = build_estimators(estimators, given)
     weights = open_weights(source, include, exclude, trainable=trainable)
     try:
         return Descriptions(

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-import numpy as np
+from collections.abc import Mapping
+
 import torch
 
 from kcomplex.errors import StreamError, VerificationError, WeightsError
+from kcomplex.estimators.code import Code
+from kcomplex.estimators.coder import Coder
 from kcomplex.estimators.description import Description, TensorDescription
-from kcomplex.estimators.estimator import Code, Estimator
-from kcomplex.estimators.given import GivenCode, GivenSource
+from kcomplex.estimators.duplicates import duplicate, find_duplicates
+from kcomplex.estimators.estimator import Estimator
+from kcomplex.estimators.given import GivenSource
 from kcomplex.estimators.pipeline import build_decoder, build_estimator
-from kcomplex.estimators.structure import decode_structure, encode_structure
+from kcomplex.estimators.relative import GivenCode
+from kcomplex.estimators.structure import decode_structure, encode_structure, entries_of
 from kcomplex.machine.limits import require_memory
 from kcomplex.sources.open import Source, open_weights
-from kcomplex.weights import TensorHandle, values_of, words_of
+from kcomplex.weights import TensorHandle, squared_error, words_of
 
 
-def encode_checkpoint(source: Source, estimator: str | Estimator, *, given: GivenSource | None = None) -> bytes:
+def encode_checkpoint(source: Source, estimator: str | Estimator | Coder, *, given: GivenSource | None = None) -> bytes:
     """Return the whole stream of weights under a code; eight times its length is what `describe` reports.
 
     Parameters
@@ -34,10 +39,12 @@ def encode_checkpoint(source: Source, estimator: str | Estimator, *, given: Give
         raise WeightsError(f"{code.spec!r} is of kind {code.kind}: it has no stream that could be decoded")
     weights = open_weights(source)
     shared = code.prepare(weights)
-    coder = code.fresh()
-    streams = [coder.encode_tensor(handle, shared).to_bytes() for handle in weights.values()]
-    structure = encode_structure(code.full_spec, weights, len(shared), [len(stream) for stream in streams])
-    return b"".join([structure, shared, *streams])
+    memory = code.memory(shared)
+    originals = find_duplicates(weights)
+    encoded = {name: code.encode(handle, memory) for name, handle in weights.items() if name not in originals}
+    told = {name: [(tensor.size, tensor.choice)] for name, tensor in encoded.items()}
+    structure = encode_structure(code.stream_spec(memory), len(shared), entries_of(weights, originals, told))
+    return b"".join([structure, shared, *(tensor.to_bytes() for tensor in encoded.values())])
 
 
 def decode_checkpoint(data: bytes, *, given: GivenSource | None = None) -> dict[str, torch.Tensor]:
@@ -64,19 +71,23 @@ def decode_checkpoint(data: bytes, *, given: GivenSource | None = None) -> dict[
     # The last one may be joined from parts while all others are there.
     sizes = [entry.nbytes for entry in structure.tensors]
     require_memory(sum(sizes) + max(sizes, default=0))
-    shared = data[structure.size : position]
-    decoder = code.fresh()
-    tensors = {}
+    memory = code.memory(data[structure.size : position])
+    decoded: list[torch.Tensor] = []
     for entry in structure.tensors:
         piece = data[position : position + entry.length]
         position += entry.length
+        if entry.original is None and len(entry.lengths) != 1:
+            raise StreamError(f"the tensor {entry.names[0]!r} is said to be in {len(entry.lengths)} pieces")
         try:
-            tensor = decoder.decode_entry(piece, entry, shared)
+            if entry.original is None:
+                decoded.append(code.decode(entry, piece, memory))
+            else:
+                decoded.append(duplicate(decoded[entry.original], entry.shape, entry.transposed))
         except (StreamError, MemoryError) as error:
             problem = str(error) or "it claims more memory than there is"
             raise StreamError(f"the tensor {entry.names[0]!r} can't be decoded: {problem}") from error
-        tensors.update(dict.fromkeys(entry.names, tensor))
-    return tensors
+    pairs = zip(structure.tensors, decoded, strict=True)
+    return {name: tensor for entry, tensor in pairs for name in entry.names}
 
 
 def verify(source: Source, description: Description, *, given: GivenSource | None = None) -> None:
@@ -107,14 +118,18 @@ def verify(source: Source, description: Description, *, given: GivenSource | Non
     if decoded.keys() != names:
         raise VerificationError(f"{description.estimator}: other tensors come back than were encoded")
     for tensor in description.tensors:
-        if not _same(weights[tensor.name], decoded[tensor.name], tensor):
+        if not _same(weights[tensor.name], decoded, tensor):
             raise VerificationError(f"{description.estimator}: decoding changed the tensor {tensor.name!r}")
 
 
-def _same(handle: TensorHandle, decoded: torch.Tensor, described: TensorDescription) -> bool:
-    if (decoded.dtype, tuple(decoded.shape)) != (handle.dtype, handle.shape):
+def _same(handle: TensorHandle, decoded: Mapping[str, torch.Tensor], described: TensorDescription) -> bool:
+    tensor = decoded[handle.name]
+    if (tensor.dtype, tuple(tensor.shape)) != (handle.dtype, handle.shape):
         return False
     if described.exact:
-        return words_of(decoded).tobytes() == handle.words().tobytes()
-    difference = handle.values().astype(np.float64) - values_of(decoded).astype(np.float64)
-    return float(np.square(difference).sum()) == described.squared_error
+        return words_of(tensor).tobytes() == handle.words().tobytes()
+    if described.same_as:
+        # Sums in another order may differ in their last bits: what is the same has the same error.
+        original = decoded[described.same_as]
+        return any(torch.equal(tensor, turned.reshape(tensor.shape)) for turned in (original, original.t()))
+    return squared_error(handle.read(), tensor) == described.squared_error

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -14,6 +13,7 @@ from scipy.spatial import cKDTree
 
 from kcomplex.errors import WeightsError
 from kcomplex.machine.blas_threads import one_blas_thread
+from kcomplex.machine.parallel import in_order
 
 Rows: TypeAlias = NDArray[np.float64]
 Indices: TypeAlias = NDArray[np.intp]
@@ -176,8 +176,8 @@ def _search_products(rows: Rows, motifs: Rows, workers: int) -> Indices:
                 break
         found[piece] = _lowest_nearest(rows, motifs, piece.start + which, candidates)
 
-    with one_blas_thread(), ThreadPoolExecutor(_threads(workers)) as pool:
-        for _ in pool.map(search, _pieces(len(rows), max(motifs.shape))):
+    with one_blas_thread():
+        for _ in in_order(search, _pieces(len(rows), max(motifs.shape)), _threads(workers)):
             pass
     return found
 

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kcomplex.errors import SpecError
-from kcomplex.estimators.estimator import Estimator, Shape
-from kcomplex.estimators.pipeline import QuantisedCode, build_estimator
+from kcomplex.estimators.estimator import Estimator
+from kcomplex.estimators.pipeline import build_estimator
+from kcomplex.estimators.quantised import QuantisedCode
+from kcomplex.estimators.symbols import Shape
 from kcomplex.kcz.container import Container, encode_file
 from kcomplex.machine.files import refuse_overwriting
 from kcomplex.quantising.step_search import DEFAULT_ESTIMATOR, EVALUATIONS, WITHIN, Steps

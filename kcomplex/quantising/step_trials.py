@@ -12,8 +12,9 @@ import numpy as np
 import torch
 
 from kcomplex.errors import WeightsError
-from kcomplex.estimators.pipeline import QuantisedCode, QuantisedTensor, finite_values, is_quantisable
+from kcomplex.estimators.quantised import QuantisedCode, QuantisedTensor, finite_values, is_quantisable
 from kcomplex.kcz.container import encode_file
+from kcomplex.machine.parallel import in_order
 from kcomplex.quantising.step_search import FINE, LossSearch, Outcome, Steps, boundary, length_probe, mean_square_probe
 from kcomplex.quantising.stepped_code import SteppedCode, with_step
 from kcomplex.sources.open import Source
@@ -135,12 +136,7 @@ class Trials:
             return step, QuantisedTensor(with_step(self.code, step).quantiser, handle, self.shared)
 
         wanted = [handle for handle in self.handles if handle.name in steps]
-        if self.jobs == 1 or len(wanted) < 2:
-            made = [quantise(handle) for handle in wanted]
-        else:
-            from joblib import Parallel, delayed
-
-            made = Parallel(n_jobs=self.jobs, prefer="threads")(delayed(quantise)(handle) for handle in wanted)
+        made = list(in_order(quantise, wanted, self.jobs))
         self.kept = {handle.name: item for handle, item in zip(wanted, made, strict=True)}
         return {name: quantised for name, (_, quantised) in self.kept.items()}
 
@@ -156,7 +152,7 @@ class Trials:
 
     def code_with(self, steps: Steps) -> SteppedCode:
         """Return the code with a step for each tensor."""
-        return SteppedCode(with_step(self.code, self.global_step(steps)), steps)
+        return SteppedCode.of(with_step(self.code, self.global_step(steps)), steps)
 
     def global_step(self, steps: Steps) -> float:
         """Return the mean of steps, on a logarithmic scale and by number of weights."""
@@ -168,8 +164,8 @@ class Trials:
         return 8 * encode_file(self.source, folder / "trial.kcz", self.code_with(steps), jobs=self.jobs)
 
     def _tensor_bits(self, name: str, step: float) -> float:
-        coded = with_step(self.code, step).fresh().encode_tensor(self.weights[name], self.shared)
-        return 8.0 * len(coded.to_bytes())
+        code = with_step(self.code, step)
+        return 8.0 * code.encode(self.weights[name], code.memory(self.shared)).size
 
 
 def _number(loss: Any) -> float:

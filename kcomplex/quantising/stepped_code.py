@@ -7,19 +7,31 @@ from typing import Any, ClassVar
 
 import torch
 
-from kcomplex.estimators.estimator import Code, EncodedTensor, Shape
-from kcomplex.estimators.pipeline import QuantisedCode
+from kcomplex.estimators.code import Code, EncodedTensor, Memory
+from kcomplex.estimators.quantised import QuantisedCode
+from kcomplex.estimators.structure import TensorEntry
 from kcomplex.quantising.step_search import Steps
 from kcomplex.weights import TensorHandle, Weights
 
 
 @dataclass(frozen=True)
 class SteppedCode(Code):
-    """A quantised code with a step of its own for every tensor; what it writes is decoded by the plain code."""
+    """A quantised code with a step of its own for every tensor; what it writes is decoded by the plain code.
+
+    Parameters
+    ----------
+    steps
+        Name and step of each tensor that has one of its own.
+    """
 
     code: QuantisedCode
-    steps: Steps
+    steps: tuple[tuple[str, float], ...]
     name: ClassVar[str] = "stepped"
+
+    @classmethod
+    def of(cls, code: QuantisedCode, steps: Steps) -> SteppedCode:
+        """Return the code with steps by name."""
+        return cls(code, tuple(steps.items()))
 
     @property
     def spec(self) -> str:
@@ -33,26 +45,28 @@ class SteppedCode(Code):
 
     @property
     def sequential(self) -> bool:
-        """See `TensorwiseEstimator.sequential`."""
+        """See `Code.sequential`."""
         return self.code.sequential
-
-    def fresh(self) -> SteppedCode:
-        """Return the same with a fresh coder; see `TensorwiseEstimator.fresh`."""
-        return replace(self, code=self.code.fresh())
 
     def prepare(self, weights: Weights) -> bytes:
         """Return the plain code's shared side information."""
         return self.code.prepare(weights)
 
-    def encode_tensor(self, handle: TensorHandle, shared: bytes) -> EncodedTensor:
-        """Return the stream of a tensor quantised with its step."""
-        step = self.steps.get(handle.name)
-        code = self.code if step is None else with_step(self.code, step)
-        return code.encode_tensor(handle, shared)
+    def memory(self, shared: bytes) -> Memory:
+        """Return the plain code's memory."""
+        return self.code.memory(shared)
 
-    def decode_tensor(self, data: bytes, dtype: torch.dtype, shape: Shape, shared: bytes) -> torch.Tensor:
-        """Return the tensor; see `Code.decode_tensor`."""
-        return self.code.decode_tensor(data, dtype, shape, shared)
+    def encode(self, handle: TensorHandle, memory: Memory, known: torch.Tensor | None = None) -> EncodedTensor:
+        """Return the stream of a tensor quantised with its step."""
+        step = dict(self.steps).get(handle.name)
+        code = self.code if step is None else with_step(self.code, step)
+        return code.encode(handle, memory, known)
+
+    def decode(
+        self, entry: TensorEntry, data: bytes, memory: Memory, known: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Return the tensor; see `Code.decode`."""
+        return self.code.decode(entry, data, memory, known)
 
 
 def with_step(code: QuantisedCode, step: float) -> QuantisedCode:

@@ -80,16 +80,18 @@ def _estimator(spec: str, run: Path, initial: str | None) -> Estimator:
     from dataclasses import replace
 
     from kcomplex.errors import RunError
-    from kcomplex.estimators.given import INITIAL, GivenCode
+    from kcomplex.estimators.given import INITIAL, GivenCheckpoint, GivenWeights, digest_of_weights
     from kcomplex.estimators.pipeline import build_estimator
+    from kcomplex.estimators.relative import GivenCode
     from kcomplex.tracking.snapshot import open_snapshot
 
     estimator = build_estimator(spec)
-    if not isinstance(estimator, GivenCode) or estimator.given.checkpoint != INITIAL:
+    if not isinstance(estimator, GivenCode) or estimator.given != GivenCheckpoint(INITIAL):
         return estimator
     if initial is None:
         raise RunError(f"{run}: the first snapshot wasn't kept")
-    return replace(estimator, given=replace(estimator.given, source=open_snapshot(run / initial)))
+    weights = open_snapshot(run / initial)
+    return replace(estimator, given=GivenWeights(digest_of_weights(weights), weights, INITIAL))
 
 
 def _record(store: RunStore, snapshot: int, descriptions: list[Description], failures: list[str]) -> bool:

@@ -11,7 +11,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from kcomplex.estimators.estimator import Coder
+from kcomplex.estimators.coder import Coder
 from kcomplex.kcz.container import encode_file
 from kcomplex.registry import registry
 

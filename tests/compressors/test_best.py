@@ -10,11 +10,13 @@ from hypothesis import strategies as st
 from kcomplex.compressors.best.best import _MEMBERS, _TIERS, Best
 from kcomplex.compressors.best.race import View
 from kcomplex.errors import StreamError
+from kcomplex.estimators.code import EncodedTensor
 from kcomplex.estimators.pipeline import build_estimator
+from kcomplex.estimators.structure import TensorEntry
 from kcomplex.kcz.container import Container, encode_file
 from kcomplex.measuring.stream import decode_checkpoint, encode_checkpoint
 from kcomplex.sources.open import open_weights
-from kcomplex.weights import words_of
+from kcomplex.weights import TensorHandle, words_of
 
 
 def noise(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -47,26 +49,33 @@ def chosen(tensors: dict[str, torch.Tensor], tier: str = "fast") -> dict[str, st
     """Return the member that each tensor was coded by; every tensor must come back."""
     code = Best(tier)
     weights = open_weights(tensors)
-    shared, search = code.prepare(weights), code.fresh()
-    streams = {name: search.encode_tensor(handle, shared).to_bytes() for name, handle in weights.items()}
-    decoder = code.fresh()
+    shared = code.prepare(weights)
+    writing, reading = code.memory(shared), code.memory(shared)
+    found = {}
     for name, handle in weights.items():
-        back = decoder.decode_tensor(streams[name], handle.dtype, handle.shape, shared)
+        tensor = code.encode(handle, writing)
+        back = code.decode(entry_of(handle, tensor), tensor.to_bytes(), reading)
         assert words_of(back).tobytes() == handle.words().tobytes()
-    return {name: _MEMBERS[stream[0]] for name, stream in streams.items() if stream}
+        if tensor.size:
+            found[name] = _MEMBERS[tensor.choice]
+    return found
+
+
+def entry_of(handle: TensorHandle, encoded: EncodedTensor) -> TensorEntry:
+    return TensorEntry((handle.name,), handle.dtype, handle.shape, (encoded.size,), (encoded.choice,))
 
 
 @pytest.mark.parametrize("tier", ["fast", "tight"])
 @pytest.mark.parametrize("name", TENSORS)
-def test_is_no_longer_than_any_member_and_a_byte(name, tier):
+def test_is_no_longer_than_any_member(name, tier):
     weights = open_weights({name: TENSORS[name]})
     handle = weights[name]
 
     def length(code):
-        return sum(len(part.data) for part in code.fresh().encode_tensor(handle, b"").parts)
+        return code.encode(handle, code.memory(b"")).size
 
     members = [build_estimator(_MEMBERS[place]) for place in _TIERS[tier] if not _MEMBERS[place].startswith("mosaic")]
-    assert length(Best(tier)) <= min(map(length, members)) + (1 if handle.elements else 0)
+    assert length(Best(tier)) <= min(map(length, members))
 
 
 def test_picks_the_member_that_fits():
@@ -103,15 +112,15 @@ def test_long_tensors_are_coded_whole_by_few_and_hardly_longer_than_by_the_best(
     tensor, whole = LONG[name], []
     encode = View.encode
 
-    def counting(view, code, shared=b""):
+    def counting(view, code, memory):
         whole.append(view.handle.elements == tensor.numel())
-        return encode(view, code, shared)
+        return encode(view, code, memory)
 
     handle = open_weights({name: tensor})[name]
     members = [build_estimator(_MEMBERS[place]) for place in _TIERS["fast"] if not _MEMBERS[place].startswith("mosaic")]
-    least = min(len(member.fresh().encode_tensor(handle, b"").to_bytes()) for member in members)
+    least = min(member.encode(handle, member.memory(b"")).size for member in members)
     monkeypatch.setattr(View, "encode", counting)
-    assert len(Best().encode_tensor(handle, b"").to_bytes()) <= 1.001 * least + 9
+    assert Best().encode(handle, Best().memory()).size <= 1.001 * least + 8
     assert sum(whole) <= 3
     assert set(chosen({name: tensor})) == {name}
 
@@ -125,10 +134,11 @@ def test_trials_leave_no_trace_in_what_is_learned():
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.binary(max_size=40), st.sampled_from([(0, 3), (4,), ()]))
-def test_what_is_no_stream_is_refused_or_has_the_shape(data, shape):
+@given(st.binary(max_size=40), st.integers(0, 255), st.sampled_from([(0, 3), (4,), ()]))
+def test_what_is_no_stream_is_refused_or_has_the_shape(data, choice, shape):
+    entry = TensorEntry(("w",), torch.int16, shape, (len(data),), (choice,))
     try:
-        tensor = Best().decode_tensor(data, torch.int16, shape, b"")
+        tensor = Best().decode(entry, data, Best().memory())
     except StreamError:
         return
     assert tensor.shape == shape
@@ -136,21 +146,22 @@ def test_what_is_no_stream_is_refused_or_has_the_shape(data, shape):
 
 
 def test_a_choice_of_another_tier_is_refused():
+    entry = TensorEntry(("w",), torch.int8, (4,), (1,), (_MEMBERS.index("lin"),))
     with pytest.raises(StreamError, match="portfolio"):
-        Best("fast").decode_tensor(bytes([_MEMBERS.index("lin"), 0]), torch.int8, (4,), b"")
+        Best("fast").decode(entry, b"\0", Best("fast").memory())
 
 
 def relative(tensors: dict[str, torch.Tensor], known: dict[str, torch.Tensor], tier: str) -> dict[str, str]:
     """Return the member that each tensor was coded by given another; every tensor must come back."""
     code, weights = Best(tier), open_weights(tensors)
-    search, decoder = code.fresh(), code.fresh()
+    writing, reading = code.memory(), code.memory()
     found = {}
     for name, handle in weights.items():
-        stream = search.encode_given(handle, known[name], b"").to_bytes()
-        back = decoder.decode_given(stream, handle.dtype, handle.shape, known[name], b"")
+        tensor = code.encode(handle, writing, known[name])
+        back = code.decode(entry_of(handle, tensor), tensor.to_bytes(), reading, known[name])
         assert (back.dtype, tuple(back.shape)) == (handle.dtype, handle.shape)
         assert words_of(back).tobytes() == handle.words().tobytes()
-        found[name] = ("given " if stream[0] >= 128 else "") + _MEMBERS[stream[0] % 128]
+        found[name] = ("given " if tensor.choice >= 128 else "") + _MEMBERS[tensor.choice % 128]
     return found
 
 
@@ -199,7 +210,9 @@ def test_what_is_no_relative_stream_is_refused_or_has_the_shape(data, first, sha
     known = torch.zeros(shape, dtype=torch.float16)
     for dtype in (torch.int16, torch.float16):
         try:
-            tensor = Best("tight" if tight else "fast").decode_given(bytes([first]) + data, dtype, shape, known, b"")
+            code = Best("tight" if tight else "fast")
+            entry = TensorEntry(("w",), dtype, shape, (len(data),), (first,))
+            tensor = code.decode(entry, data, code.memory(), known)
         except StreamError:
             continue
         assert (tensor.dtype, tensor.shape) == (dtype, shape)

@@ -3,6 +3,7 @@
 import math
 import tracemalloc
 import zlib
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,8 +18,10 @@ from kcomplex.compressors.general.zstandard import Zstd
 from kcomplex.compressors.transforms.palette import Palette
 from kcomplex.compressors.transforms.planes import Planes
 from kcomplex.errors import SpecError, StreamError
-from kcomplex.estimators.estimator import Coder
+from kcomplex.estimators.code import CoderCode, SymbolCode
+from kcomplex.estimators.coder import Coder, Part
 from kcomplex.estimators.pipeline import build_estimator
+from kcomplex.estimators.symbols import Shape, Symbols
 
 CODERS = [
     "raw",
@@ -56,10 +59,27 @@ def symbols(dtypes=DTYPES):
     return st.sampled_from(dtypes).flatmap(of)
 
 
-def coder(spec: str) -> Coder:
+class Alone:
+    """A code of integers that never learned anything, with the methods of a coder."""
+
+    def __init__(self, code: SymbolCode) -> None:
+        self.code = code
+
+    def encode_parts(self, symbols: Symbols) -> list[Part]:
+        return self.code.encode_symbols(symbols, self.code.memory(b""))
+
+    def encode(self, symbols: Symbols) -> bytes:
+        return b"".join(part.data for part in self.encode_parts(symbols))
+
+    def decode(self, data: bytes, shape: Shape, dtype: np.dtype[Any]) -> Symbols:
+        return self.code.decode_symbols(data, shape, dtype, self.code.memory(b""))
+
+
+def coder(spec: str) -> Coder | Alone:
+    """Return the coder of a specification; what stands behind a transform or learns, as if it were one."""
     built = build_estimator(spec)
-    assert isinstance(built, Coder)
-    return built
+    assert isinstance(built, SymbolCode)
+    return built.coder if isinstance(built, CoderCode) else Alone(built)
 
 
 def same(left: np.ndarray, right: np.ndarray) -> bool:

@@ -15,6 +15,7 @@ from kcomplex.compressors.context.magnitude_tokens import MOST_MAGNITUDE, join_t
 from kcomplex.compressors.context.model import SETTINGS, code_matrix, room
 from kcomplex.compressors.entropy.entropy import Entropy
 from kcomplex.errors import StreamError
+from kcomplex.estimators.pipeline import build_estimator
 
 DTYPES = [np.dtype(kind + str(size)) for kind in "iu" for size in (1, 2, 4, 8)]
 CODER = Context()
@@ -176,9 +177,7 @@ def test_damaged_streams_are_refused_or_decode_to_something(data):
 
 def test_a_tensor_can_be_decoded_without_the_others():
     tensors = {"a": torch.ones(3, 4, dtype=torch.int8), "b": torch.arange(40, dtype=torch.int8)}
-    coder = CODER.fresh()
-    assert coder is CODER
-    assert not coder.sequential
+    assert not build_estimator(CODER).sequential
     assert np.array_equal(
         CODER.decode(CODER.encode(tensors["b"].numpy()), (40,), np.dtype(np.int8)), tensors["b"].numpy()
     )

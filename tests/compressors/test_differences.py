@@ -19,6 +19,7 @@ from kcomplex.errors import KComplexError, SpecError, StreamError
 from kcomplex.estimators.structure import Reader
 from kcomplex.sources.open import open_weights
 from kcomplex.weights import DTYPES, tensor_from_words, word_dtype, words_an_element, words_of
+from tests.compressors.streams import Stream
 
 SPECS = ["mix", "lin", "palette|lin", "uniform:bits=5|lin", "uniform:bits=4,per_row=True|mix", "mosaic:s=2|lin"]
 GOLDEN = {
@@ -215,7 +216,7 @@ def test_wild_values_do_not_spoil_the_rest() -> None:
 
 
 def test_long_tensors_are_coded_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kcomplex.estimators.estimator.CHUNK_WORDS", 500)
+    monkeypatch.setattr("kcomplex.estimators.symbols.PIECE_SYMBOLS", 500)
     old = gaussian(50, 40)
     for new in (old + 1e-3 * gaussian(50, 40, seed=1), (old * 4).round() / 4, (old * 20).to(torch.int8)):
         assert bits(new, "lin", old) < 0.9 * bits(new, "lin")
@@ -247,15 +248,15 @@ def test_a_damaged_stream_is_refused_or_decodes_to_others(spec: str, data: st.Da
 
 @pytest.mark.parametrize("spec", sorted(GOLDEN))
 def test_streams_of_this_version_stay_readable(spec: str) -> None:
-    coder = kc.build_estimator(spec).fresh()  # type: ignore[attr-defined]
+    coder = Stream(spec)
     old = torch.remainder(torch.arange(240).reshape(40, 6) * 37, 101).float()
     rows = torch.arange(40)[:, None]
     codes = (old - 50 + torch.remainder(rows * torch.tensor([1, 2, 5, 1, 7, 3]), 9)).to(torch.int8)
     handle = open_weights({"w": codes})["w"]
-    data = coder.encode_given(handle, old, b"").to_bytes()
+    data = coder.encode_tensor(handle.read(), old)
     assert data.hex() == GOLDEN[spec]
-    fresh = kc.build_estimator(spec).fresh()  # type: ignore[attr-defined]
-    assert torch.equal(fresh.decode_given(bytes.fromhex(GOLDEN[spec]), torch.int8, (40, 6), old, b""), codes)
+    fresh = Stream(spec)
+    assert torch.equal(fresh.decode_tensor(bytes.fromhex(GOLDEN[spec]), torch.int8, (40, 6), old), codes)
 
 
 _STREAMS: dict[str, bytes] = {}

@@ -10,7 +10,7 @@ from hypothesis.extra import numpy as hnp
 from kcomplex.compressors.quantisers.grid import Grid
 from kcomplex.compressors.quantisers.trellis import NEXT_STATE, STATES, multiples_of
 from kcomplex.errors import StreamError
-from kcomplex.estimators.estimator import Quantised
+from kcomplex.estimators.coder import Quantised
 from kcomplex.measuring.measure import describe
 
 values_and_steps = st.tuples(
@@ -59,7 +59,7 @@ def test_less_rounding_makes_a_wider_zero(drawn, rounding):
     values, step = drawn
     quantised = Grid(step, trellis=False, price=0, rounding=rounding).quantise(values, b"")
     scaled = np.abs(values.astype(np.float64)) / float(np.float32(step))
-    np.testing.assert_array_equal(np.abs(quantised.codes), np.floor(scaled + rounding))
+    np.testing.assert_array_equal(np.abs(quantised.symbols), np.floor(scaled + rounding))
 
 
 @settings(max_examples=100, deadline=None)
@@ -76,7 +76,7 @@ def test_codes_are_the_same_whatever_the_layout(drawn, trellis, price):
     values, step = drawn
     quantiser = Grid(step, trellis, price)
     turned = np.asfortranarray(values)
-    np.testing.assert_array_equal(quantiser.quantise(values, b"").codes, quantiser.quantise(turned, b"").codes)
+    np.testing.assert_array_equal(quantiser.quantise(values, b"").symbols, quantiser.quantise(turned, b"").symbols)
 
 
 def test_a_trellis_gains_a_decibel():
@@ -133,7 +133,7 @@ def test_side_information_is_the_step_and_three_bytes():
 @pytest.mark.parametrize(("largest", "dtype"), [(100, np.int8), (3000, np.int16), (300_000, np.int32)])
 def test_codes_are_as_wide_as_they_need(largest, dtype):
     quantised = Grid(1.0, trellis=False, price=0).quantise(np.array([largest], np.float32), b"")
-    assert quantised.codes.dtype == dtype
+    assert quantised.symbols.dtype == dtype
 
 
 @pytest.mark.parametrize(("place", "byte"), [(-3, 3), (-3, 255)])
@@ -143,14 +143,14 @@ def test_an_impossible_width_is_refused(place, byte):
     side = bytearray(quantised.side)
     side[place] = byte
     with pytest.raises(StreamError):
-        Grid(0.5).layout(bytes(side), values.shape, values.dtype, b"")
+        Grid(0.5).reconstruct(Quantised(quantised.symbols, bytes(side)), values.shape, values.dtype, b"")
 
 
 def test_a_step_of_zero_and_codes_beyond_all_steps_are_refused():
     values = np.ones(4, np.float32)
     quantised = Grid(0.5).quantise(values, b"")
     with pytest.raises(StreamError):
-        Grid(0.5).reconstruct(Quantised(quantised.codes, bytes(4) + quantised.side[4:]), (4,), values.dtype, b"")
+        Grid(0.5).reconstruct(Quantised(quantised.symbols, bytes(4) + quantised.side[4:]), (4,), values.dtype, b"")
     beyond = np.full(4, 1 << 30, np.int32)
     with pytest.raises(StreamError):
         Grid(0.5).reconstruct(Quantised(beyond, quantised.side), (4,), values.dtype, b"")

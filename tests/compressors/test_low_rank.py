@@ -19,8 +19,8 @@ from kcomplex.compressors.mix.low_rank import MOST_RANK, STEP, Directions, LowRa
 from kcomplex.compressors.tables.numbers import zigzag
 from kcomplex.errors import StreamError
 from kcomplex.estimators.structure import Reader, varint
-from kcomplex.sources.open import open_weights
 from kcomplex.weights import tensor_from_words, word_dtype, words_of
+from tests.compressors.streams import Stream
 
 LOW_RANK = 128
 # Of int8 codes given floats that differ by a matrix of rank one, under `lin`.
@@ -234,9 +234,9 @@ def test_a_damaged_part_is_refused_or_decodes_to_others(data: st.DataObject) -> 
         stream = stream[: data.draw(st.integers(0, len(stream) - 1))]
     else:
         stream[data.draw(st.integers(0, len(stream) - 1))] ^= data.draw(st.integers(1, 255))
-    fresh = kc.build_estimator("lin").fresh()  # type: ignore[attr-defined]
+    fresh = Stream("lin")
     try:
-        assert fresh.decode_given(bytes(stream), torch.int8, tuple(codes.shape), base, b"").shape == codes.shape
+        assert fresh.decode_tensor(bytes(stream), torch.int8, tuple(codes.shape), base).shape == codes.shape
     except StreamError:
         return
 
@@ -252,11 +252,11 @@ def golden_tensors() -> tuple[torch.Tensor, torch.Tensor]:
 def test_streams_of_this_version_stay_readable() -> None:
     codes, base = golden_tensors()
     assert bytes.fromhex(GOLDEN)[1] & LOW_RANK
-    fresh = kc.build_estimator("lin").fresh()  # type: ignore[attr-defined]
-    assert torch.equal(fresh.decode_given(bytes.fromhex(GOLDEN), torch.int8, (40, 12), base, b""), codes)
+    fresh = Stream("lin")
+    assert torch.equal(fresh.decode_tensor(bytes.fromhex(GOLDEN), torch.int8, (40, 12), base), codes)
     # How factors are found may differ in the last bits from machine to machine.
-    coder = kc.build_estimator("lin").fresh()  # type: ignore[attr-defined]
-    data = coder.encode_given(open_weights({"w": codes})["w"], base, b"").to_bytes()
+    coder = Stream("lin")
+    data = coder.encode_tensor(codes, base)
     assert data[1] & LOW_RANK
     assert abs(len(data) - len(GOLDEN) // 2) < 10
 
@@ -265,8 +265,9 @@ def test_another_process_decodes_the_same() -> None:
     program = (
         "import hashlib, sys, torch, kcomplex as kc\n"
         "base = torch.remainder(torch.arange(480).reshape(40, 12) * 37, 101).float() - 50\n"
-        "coder = kc.build_estimator('lin').fresh()\n"
-        "codes = coder.decode_given(bytes.fromhex(sys.argv[1]), torch.int8, (40, 12), base, b'')\n"
+        "from kcomplex.estimators.structure import TensorEntry\n"
+        "code, entry = kc.build_estimator('lin'), TensorEntry(('w',), torch.int8, (40, 12))\n"
+        "codes = code.decode(entry, bytes.fromhex(sys.argv[1]), code.memory(b''), base)\n"
         "print(hashlib.sha256(codes.numpy().tobytes()).hexdigest())\n"
     )
     done = subprocess.run([sys.executable, "-c", program, GOLDEN], capture_output=True, text=True, check=True)

@@ -21,6 +21,7 @@ from kcomplex.compressors.mix.binary_coder import (
 )
 from kcomplex.errors import StreamError
 from kcomplex.weights import words_of
+from tests.compressors.streams import Stream
 
 WORDS = {torch.float64: np.int64, torch.float32: np.int32, torch.bfloat16: np.int16, torch.float16: np.int16}
 
@@ -138,7 +139,7 @@ def test_streams_that_are_none_are_refused(data):
     from kcomplex.compressors.mix.mix import Mix
 
     with pytest.raises(StreamError):
-        Mix().fresh().decode_tensor(data, torch.float32, (8, 8), b"")
+        Stream(Mix()).decode_tensor(data, torch.float32, (8, 8))
 
 
 @settings(max_examples=100, deadline=None)

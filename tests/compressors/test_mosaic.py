@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from threadpoolctl import threadpool_info, threadpool_limits
 
-from kcomplex.compressors.mosaic.mosaic import Mosaic, repeated_blocks
+from kcomplex.compressors.mosaic.mosaic import Mosaic
 from kcomplex.compressors.tables.block_labels import block_keys, label_keys
 from kcomplex.compressors.tables.codebook import narrow, pack_codebook, sorted_rows, unpack_codebook, widen
 from kcomplex.errors import SpecError, StreamError, WeightsError
-from kcomplex.estimators.estimator import Quantised
+from kcomplex.estimators.coder import Quantised
 from kcomplex.estimators.pipeline import build_estimator
 from kcomplex.estimators.structure import Reader, varint
 from kcomplex.measuring.measure import describe
@@ -222,7 +222,9 @@ def test_tensors_in_single_and_double_precision_have_their_own_motifs():
 
 
 def test_blocks_that_share_a_key_are_coded_word_by_word(monkeypatch):
-    monkeypatch.setattr(repeated_blocks, "block_keys", lambda rows: rows[:, 0].astype(np.uint64))
+    monkeypatch.setattr(
+        "kcomplex.compressors.mosaic.repeated_blocks.block_keys", lambda rows: rows[:, 0].astype(np.uint64)
+    )
     tensors = {"w": torch.tensor([[1.0, 2.0], [1.0, 3.0]] * 100), "v": torch.tensor([[4.0, 5.0]] * 100)}
     description = check_lossless(tensors, "mosaic:s=2|raw")
     payload = {tensor.name: tensor.parts["payload"] for tensor in description.tensors}
@@ -402,7 +404,7 @@ def fitted():
 
 def test_indices_beyond_the_codebook_are_refused():
     mosaic, shared, quantised = fitted()
-    wrong = quantised.codes.copy()
+    wrong = quantised.symbols.copy()
     wrong[3] = 255
     with pytest.raises(StreamError, match="beyond"):
         mosaic.reconstruct(Quantised(wrong), (40, 10), np.dtype(np.float32), shared)
@@ -410,20 +412,21 @@ def test_indices_beyond_the_codebook_are_refused():
 
 def test_too_few_indices_are_refused():
     mosaic, shared, quantised = fitted()
-    with pytest.raises(StreamError, match="shape"):
-        mosaic.reconstruct(Quantised(quantised.codes[:-1]), (40, 10), np.dtype(np.float32), shared)
+    with pytest.raises(StreamError, match="arrays can't be"):
+        mosaic.reconstruct(Quantised(quantised.symbols[:-1]), (40, 10), np.dtype(np.float32), shared)
 
 
 @pytest.mark.parametrize("side", [b"\x07", b"\xff", b"\x06\x06"], ids=repr)
 def test_corrupted_side_information_is_refused(side):
-    mosaic, shared, _ = fitted()
+    mosaic, shared, quantised = fitted()
     with pytest.raises(StreamError):
-        mosaic.layout(side, (40, 10), np.dtype(np.float32), shared)
+        mosaic.reconstruct(Quantised(quantised.symbols, side), (40, 10), np.dtype(np.float32), shared)
 
 
 def test_words_in_a_stream_of_motifs_only_are_refused():
+    words = Quantised(np.zeros(4, np.uint32), b"\x06")
     with pytest.raises(StreamError):
-        Mosaic(k=4).layout(b"\x06", (4,), np.dtype(np.float32), b"\x00\x00")
+        Mosaic(k=4).reconstruct(words, (4,), np.dtype(np.float32), b"\x00\x00")
 
 
 def deflated(data):
@@ -448,7 +451,7 @@ def deflated(data):
 )
 def test_corrupted_codebooks_are_refused(shared):
     with pytest.raises(StreamError):
-        Mosaic().layout(b"", (4,), np.dtype(np.float32), shared)
+        Mosaic().reconstruct(Quantised(np.zeros(4, np.uint8)), (4,), np.dtype(np.float32), shared)
 
 
 @settings(max_examples=80, deadline=None)

@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 
 from kcomplex.errors import KComplexError, PluginError
 from kcomplex.estimators import pipeline
-from kcomplex.estimators.estimator import Code, Estimator, Quantiser, Transform
+from kcomplex.estimators.code import Code
+from kcomplex.estimators.coder import Coder, Quantiser, Transform
+from kcomplex.estimators.estimator import Estimator
 from kcomplex.estimators.pipeline import build_estimator
 from kcomplex.estimators.spec import build, spec_of, split_stages
 from kcomplex.measuring.descriptions import Descriptions
@@ -212,7 +214,7 @@ def test_is_called_what_its_entry_point_says(name):
     assert cls.name == name
     assert dataclasses.is_dataclass(cls)
     assert cls.__dataclass_params__.frozen
-    assert issubclass(cls, (Estimator, Transform, Quantiser))
+    assert issubclass(cls, (Estimator, Coder, Transform, Quantiser))
     assert build(GROUP, name) == cls()
 
 
@@ -320,8 +322,8 @@ def test_a_lossless_code_gives_back_every_dtype(spec):
 
 
 @pytest.mark.parametrize("spec", codes())
-def test_long_tensors_are_coded_in_chunks(spec, monkeypatch):
-    monkeypatch.setattr("kcomplex.estimators.estimator.CHUNK_WORDS", 50)
+def test_long_tensors_are_coded_in_pieces(spec, monkeypatch):
+    monkeypatch.setattr("kcomplex.estimators.symbols.PIECE_SYMBOLS", 50)
     tensors = network()
     description = build_estimator(spec).describe(open_weights(tensors))
     verify(tensors, description)

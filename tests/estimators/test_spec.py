@@ -6,7 +6,8 @@ import pytest
 
 from kcomplex.compressors.general.zstandard import Zstd
 from kcomplex.errors import KComplexError, SpecError
-from kcomplex.estimators.estimator import CodeLength, Coder
+from kcomplex.estimators.code import SymbolCode
+from kcomplex.estimators.length import CodeLength
 from kcomplex.estimators.pipeline import build_estimator
 from kcomplex.estimators.spec import build, spec_of
 
@@ -61,7 +62,7 @@ def test_something_else_than_a_specification_is_refused() -> None:
 
 
 def test_stages_decide_the_class() -> None:
-    assert isinstance(build_estimator("palette|zstd"), Coder)
+    assert isinstance(build_estimator("palette|zstd"), SymbolCode)
     assert isinstance(build_estimator("palette|plugin_entropy"), CodeLength)
     assert build_estimator("palette|plugin_entropy").kind == "proxy"
     assert build_estimator("uniform|zstd").kind == "code"

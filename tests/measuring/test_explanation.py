@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from kcomplex.errors import SpecError
+from kcomplex.estimators.code import Code, EncodedTensor
+from kcomplex.estimators.coder import Part
 from kcomplex.estimators.description import SHARED
-from kcomplex.estimators.estimator import Code, EncodedTensor, Part
 from kcomplex.measuring.explanation import (
     FLOOR,
     MEASURED,
@@ -130,11 +131,11 @@ class Forgetful(Code):
 
     name: ClassVar[str] = "forgetful"
 
-    def encode_tensor(self, handle, shared):
+    def encode(self, handle, memory, known=None):
         return EncodedTensor([Part("payload", b"x")], squared_error=1.0, exact=False)
 
-    def decode_tensor(self, data, dtype, shape, shared):
-        return torch.zeros(shape, dtype=dtype)
+    def decode(self, entry, data, memory, known=None):
+        return torch.zeros(entry.shape, dtype=entry.dtype)
 
 
 def test_a_lossy_code_without_a_quantiser_has_no_floor(monkeypatch):

@@ -14,7 +14,15 @@ from hypothesis import strategies as st
 
 import kcomplex as kc
 from kcomplex.errors import KComplexError, StreamError, VerificationError, WeightsError
-from kcomplex.estimators.structure import _DTYPE_NAMES, MAGIC, Reader, decode_structure, encode_structure, varint
+from kcomplex.estimators.structure import (
+    _DTYPE_NAMES,
+    MAGIC,
+    Reader,
+    decode_structure,
+    encode_structure,
+    entries_of,
+    varint,
+)
 from kcomplex.measuring.stream import verify
 from kcomplex.sources.state_dicts import state_dict_weights
 from kcomplex.weights import DTYPES, words_of
@@ -43,7 +51,10 @@ def test_varints_come_back(value: int) -> None:
 
 def test_structure_holds_names_aliases_dtypes_and_shapes() -> None:
     weights = state_dict_weights(checkpoint())
-    structure = decode_structure(encode_structure("zstd", weights, 3, range(len(weights))))
+    streams = {name: [(place, place % 3)] for place, name in enumerate(weights)}
+    entries = entries_of(weights, {}, streams)
+    structure = decode_structure(encode_structure("zstd", 3, entries))
+    assert structure.tensors == tuple(entries)
     assert structure.spec == "zstd"
     assert structure.shared == 3
     assert [entry.names for entry in structure.tensors] == [(h.name, *h.aliases) for h in weights.values()]
@@ -133,7 +144,7 @@ def test_mutated_streams_never_crash(spec: str, data: st.DataObject) -> None:
 
 
 def test_long_tensors_are_coded_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kcomplex.estimators.estimator.CHUNK_WORDS", 100)
+    monkeypatch.setattr("kcomplex.estimators.symbols.PIECE_SYMBOLS", 100)
     tensors = {"w": torch.arange(1234).reshape(2, 617) % 7, "z": torch.randn(10, 10)}
     for spec in ("zstd", "palette|entropy", "uniform:bits=3|entropy"):
         data = kc.encode_checkpoint(tensors, spec)
@@ -149,12 +160,9 @@ def test_dtype_codes_of_streams_never_change() -> None:
     assert set(_DTYPE_NAMES) == set(DTYPES)
 
 
-def test_a_stream_of_version_0_1_0_is_read() -> None:
-    stream = bytes.fromhex(GOLDEN)
-    decoded = kc.decode_checkpoint(stream)
-    assert decoded["w"].tolist() == [[0.5, -0.5, 0.5, 2.0]] * 12
-    assert decoded["tied"] is decoded["w"]
-    assert decoded["n"].item() == 7
+def test_a_stream_of_the_first_version_is_refused() -> None:
+    with pytest.raises(StreamError, match=r"version that this kcomplex no longer reads \(1\)"):
+        kc.decode_checkpoint(bytes.fromhex(GOLDEN))
 
 
 def test_streams_name_every_option_of_their_decoder() -> None:
@@ -164,7 +172,7 @@ def test_streams_name_every_option_of_their_decoder() -> None:
 
 @pytest.mark.parametrize("shape", [(1,) * 70, (0, 2**63)])
 def test_impossible_shapes_are_refused(shape: tuple[int, ...]) -> None:
-    body = b"\x03raw\x00\x01\x01\x01w\x06" + varint(len(shape)) + b"".join(varint(side) for side in shape) + b"\x00"
+    body = b"\x03raw\x00\x00\x01\x01\x01w\x06" + varint(len(shape)) + b"".join(varint(side) for side in shape) + b"\x00"
     packed = zlib.compress(body, 9)
     with pytest.raises(StreamError, match="impossible shape"):
         kc.decode_checkpoint(MAGIC + varint(len(body)) + varint(len(packed)) + packed)

@@ -136,18 +136,18 @@ def test_an_estimator_that_isnt_installed_any_more_is_an_event(track):
 
 
 def test_a_description_that_the_store_cannot_hold_is_an_event(track, monkeypatch):
-    from kcomplex.compressors.general.zstandard import Zstd
+    from kcomplex.estimators.code import CoderCode
 
     tracker = track(estimators=["zstd"])
     tracker.close()
-    describe = Zstd.describe
+    describe = CoderCode.describe
 
     def with_a_foreign_type(self, weights, **options):
         description = describe(self, weights, **options)
         object.__setattr__(description, "seconds", torch.zeros(1))
         return description
 
-    monkeypatch.setattr(Zstd, "describe", with_a_foreign_type)
+    monkeypatch.setattr(CoderCode, "describe", with_a_foreign_type)
     assert measure_pending(tracker.run) == 1
     assert load_snapshots(tracker.run)["state"].tolist() == ["failed"]
     assert "can't be recorded" in load_events(tracker.run)["message"].iloc[0]

@@ -1,0 +1,293 @@
+"""Codes: estimators with a decoder, which learn along a stream in a memory of its own."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+
+from kcomplex.errors import StreamError
+from kcomplex.estimators.coder import Coder, Part, size_of
+from kcomplex.estimators.description import STRUCTURE, Description, Kind
+from kcomplex.estimators.differences import from_word_differences, word_differences
+from kcomplex.estimators.estimator import Estimator, Progress, TensorLength, describe_tensors, sum_parts
+from kcomplex.estimators.spec import full_spec_of, spec_of
+from kcomplex.estimators.structure import TensorEntry, join_lengths, split_lengths
+from kcomplex.estimators.symbols import Shape, Symbols, piece_count, pieces, symbol_dtype, symbol_shape, symbols_of
+from kcomplex.weights import TensorHandle, Weights, dtype_name, tensor_from_words, word_dtype
+
+# What the first byte of a tensor's stream says, where a coder is given a tensor that it has no use of its own for.
+_PLAIN, _DIFFERENCE = 0, 1
+
+
+@dataclass(frozen=True)
+class EncodedTensor:
+    """One tensor's stream, and what its decoder gives back.
+
+    Attributes
+    ----------
+    parts
+        The stream in named parts, in order.
+    squared_error
+        Sum of squared differences between the tensor and what the decoder gives back.
+    exact
+        Whether the decoder gives back every bit.
+    choice
+        What the decoder is told besides, 0 to 255: kept in the structure, where what is alike costs next to nothing.
+    """
+
+    parts: list[Part]
+    squared_error: float = 0.0
+    exact: bool = True
+    choice: int = 0
+
+    @property
+    def size(self) -> int:
+        """Bytes of the stream."""
+        return size_of(self.parts)
+
+    def to_bytes(self) -> bytes:
+        """Return the stream."""
+        return b"".join(part.data for part in self.parts)
+
+
+class Memory:
+    """What a code has learned so far along one stream. This one learns nothing.
+
+    Attributes
+    ----------
+    shared
+        Side information that all tensors of the stream share.
+    """
+
+    def __init__(self, shared: bytes = b"") -> None:
+        self.shared = shared
+
+    def copy(self) -> Memory:
+        """Return a memory that knows the same and learns for itself."""
+        return self
+
+
+class Code(Estimator):
+    """An estimator with a decoder. Its bits are eight times the bytes of the stream (see `measuring.stream`)."""
+
+    @property
+    def kind(self) -> Kind:
+        """``code``."""
+        return "code"
+
+    @property
+    def sequential(self) -> bool:
+        """Whether a tensor's stream depends on the tensors before it, and is decoded after theirs."""
+        return False
+
+    @property
+    def divisible(self) -> bool:
+        """Whether pieces of a tensor may be coded as tensors of their own: no, where a whole tensor is quantised."""
+        return False
+
+    @property
+    def takes_known(self) -> bool:
+        """Whether `encode` has a use for a tensor that is given."""
+        return False
+
+    def prepare(self, weights: Weights) -> bytes:
+        """Return the side information that all tensors share (one codebook for the whole network); none by default."""
+        return b""
+
+    def memory(self, shared: bytes) -> Memory:
+        """Return the memory of a new stream; ``shared`` is what `prepare` returned."""
+        return Memory(shared)
+
+    def stream_spec(self, memory: Memory) -> str:
+        """Return what a stream names its decoder by: every option, whatever the defaults of its version."""
+        return self.full_spec
+
+    @abstractmethod
+    def encode(self, handle: TensorHandle, memory: Memory, known: torch.Tensor | None = None) -> EncodedTensor:
+        """Return one tensor's stream.
+
+        Parameters
+        ----------
+        memory
+            Learns from the tensor.
+        known
+            A tensor of the same shape, and any dtype, that the decoder will be given too; None for none.
+        """
+
+    @abstractmethod
+    def decode(
+        self, entry: TensorEntry, data: bytes, memory: Memory, known: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Return the tensor of a stream that `encode` made with an equal memory and the same known tensor.
+
+        Raises
+        ------
+        StreamError
+            The stream is truncated or corrupted.
+        """
+
+    def describe(self, weights: Weights, *, jobs: int = 1, progress: Progress | None = None) -> Description:
+        """Return the description; see `Estimator.describe`. Codes pay for the structure."""
+        shared = self.prepare(weights)
+        memory = self.memory(shared)
+
+        def measure(handle: TensorHandle) -> TensorLength:
+            encoded = self.encode(handle, memory)
+            parts = sum_parts(item for part in encoded.parts for item in part.bits().items())
+            return TensorLength(parts, encoded.squared_error, encoded.exact, encoded.choice)
+
+        return describe_tensors(
+            self,
+            weights,
+            measure,
+            stream_spec=self.stream_spec(memory),
+            shared=shared,
+            jobs=1 if self.sequential and jobs else jobs,
+            progress=progress,
+        )
+
+
+class SymbolCode(Code):
+    """A lossless code of integers, and of tensors by their words. It can stand behind transforms and quantisers.
+
+    Given a tensor of the same dtype, the differences of their words are coded where that is shorter, unless the code
+    has a use of its own for what is known.
+    """
+
+    @property
+    def divisible(self) -> bool:
+        """True: every word comes back, whatever stands around it."""
+        return True
+
+    @property
+    def takes_known(self) -> bool:
+        """True: differences of words can always be coded."""
+        return True
+
+    @property
+    def predicts(self) -> bool:
+        """Whether `encode_symbols` has a use for numbers that are known."""
+        return False
+
+    @abstractmethod
+    def encode_symbols(self, symbols: Symbols, memory: Memory, known: torch.Tensor | None = None) -> list[Part]:
+        """Return the parts of integers.
+
+        Parameters
+        ----------
+        memory
+            Learns from them.
+        known
+            Numbers of the same shape that the integers may have been made from; None for none, or where the code
+            doesn't `predict`.
+        """
+
+    @abstractmethod
+    def decode_symbols(
+        self, data: bytes, shape: Shape, dtype: np.dtype[Any], memory: Memory, known: torch.Tensor | None = None
+    ) -> Symbols:
+        """Return the integers of `encode_symbols` in their shape and dtype.
+
+        Raises
+        ------
+        StreamError
+            The stream is truncated or corrupted.
+        """
+
+    def encode(self, handle: TensorHandle, memory: Memory, known: torch.Tensor | None = None) -> EncodedTensor:
+        """Return the stream of the tensor's words, signed where the tensor is; see `Code.encode`."""
+        tensor = handle.read()
+        if known is None:
+            return EncodedTensor(self.encode_symbols(symbols_of(tensor), memory))
+        found = []
+        if known.dtype == handle.dtype:
+            steps = word_differences(tensor, known).reshape(symbol_shape(handle.dtype, handle.shape))
+            found.append([Part(STRUCTURE, bytes([_DIFFERENCE])), *self.encode_symbols(steps, memory)])
+        # What learns from tensor to tensor learns from one of both.
+        if not (found and self.sequential):
+            found.append([Part(STRUCTURE, bytes([_PLAIN])), *self.encode_symbols(symbols_of(tensor), memory)])
+        return EncodedTensor(min(found, key=size_of))
+
+    def decode(
+        self, entry: TensorEntry, data: bytes, memory: Memory, known: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Return the tensor, bit for bit; see `Code.decode`."""
+        shape = symbol_shape(entry.dtype, entry.shape)
+        if known is not None:
+            form, data = data[:1], data[1:]
+            if form == bytes([_DIFFERENCE]) and known.dtype == entry.dtype:
+                steps = self.decode_symbols(data, shape, word_dtype(entry.dtype), memory)
+                return from_word_differences(steps.reshape(-1), known)
+            if form != bytes([_PLAIN]):
+                raise StreamError(f"a relative tensor of {dtype_name(entry.dtype)} can't begin with {form.hex()}")
+        symbols = self.decode_symbols(data, shape, symbol_dtype(entry.dtype), memory)
+        return tensor_from_words(symbols.view(word_dtype(entry.dtype)), entry.dtype, entry.shape)
+
+
+@dataclass(frozen=True)
+class CoderCode(SymbolCode):
+    """The code of a coder that codes each array of integers by itself."""
+
+    coder: Coder
+    name: ClassVar[str] = "coder"
+
+    @property
+    def spec(self) -> str:
+        """Specification string of the coder."""
+        return spec_of(self.coder)
+
+    @property
+    def full_spec(self) -> str:
+        """Specification string of the coder with every option."""
+        return full_spec_of(self.coder)
+
+    def encode_symbols(self, symbols: Symbols, memory: Memory, known: torch.Tensor | None = None) -> list[Part]:
+        """Return the coder's parts; see `SymbolCode.encode_symbols`."""
+        return encode_pieces(symbols, lambda piece, start: self.coder.encode_parts(piece))
+
+    def decode_symbols(
+        self, data: bytes, shape: Shape, dtype: np.dtype[Any], memory: Memory, known: torch.Tensor | None = None
+    ) -> Symbols:
+        """Return what the coder decodes; see `SymbolCode.decode_symbols`."""
+        return decode_pieces(data, shape, dtype, lambda piece, size, start: self.coder.decode(piece, size, dtype))
+
+
+def encode_pieces(symbols: Symbols, encode: Callable[[Symbols, int], list[Part]]) -> list[Part]:
+    """Return the parts of symbols piece by piece; every piece but the last is preceded by its length.
+
+    Parameters
+    ----------
+    encode
+        Returns the parts of a piece, given its position in the flat symbols.
+    """
+    flat = np.ascontiguousarray(symbols).reshape(-1)
+    coded = [encode(flat[start:stop].reshape(shape), start) for start, stop, shape in pieces(symbols.shape)]
+    lengths = [size_of(parts) for parts in coded[:-1]]
+    structure = [Part(STRUCTURE, join_lengths(lengths))] if lengths else []
+    return [*structure, *(part for parts in coded for part in parts)]
+
+
+def decode_pieces(
+    data: bytes, shape: Shape, dtype: np.dtype[Any], decode: Callable[[bytes, Shape, int], Symbols]
+) -> Symbols:
+    """Return the symbols of `encode_pieces`.
+
+    Parameters
+    ----------
+    decode
+        Returns the symbols of a piece, given its stream, its shape and its position.
+    """
+    count = piece_count(shape)
+    if count == 1:
+        return decode(data, shape, 0)
+    streams = split_lengths(data, count)
+    symbols = np.empty(math.prod(shape), dtype)
+    for piece, (start, stop, size) in zip(streams, pieces(shape), strict=True):
+        symbols[start:stop] = decode(piece, size, start).reshape(-1)
+    return symbols.reshape(shape)

@@ -1,0 +1,223 @@
+"""Quantisers before codes and code lengths: ``uniform:bits=4|entropy``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from kcomplex.errors import StreamError, WeightsError
+from kcomplex.estimators.arrays import FORMS, read_arrays, tell_arrays
+from kcomplex.estimators.code import Code, EncodedTensor, Memory, SymbolCode
+from kcomplex.estimators.coder import Part, Quantised, Quantiser
+from kcomplex.estimators.description import STRUCTURE, Kind
+from kcomplex.estimators.estimator import TensorLength
+from kcomplex.estimators.length import CodeLength
+from kcomplex.estimators.structure import Reader, TensorEntry, varint
+from kcomplex.estimators.symbols import Shape, Symbols
+from kcomplex.estimators.transformed import TwoStages
+from kcomplex.weights import TensorHandle, Weights, dtype_name, squared_error, values_of, words_of
+
+# What the forms of quantised symbols are told beside.
+_USUAL_DTYPE = np.dtype(np.int8)
+
+
+@dataclass(frozen=True)
+class QuantisedCode(TwoStages, Code):
+    """A code behind a quantiser: a decodable code for the quantised weights.
+
+    Tensors that hold integers, booleans or complex numbers are coded losslessly by the code alone.
+    """
+
+    quantiser: Quantiser
+    code: SymbolCode
+    name: ClassVar[str] = "quantised"
+
+    @property
+    def sequential(self) -> bool:
+        """Whether the code behind the quantiser is."""
+        return self.code.sequential
+
+    @property
+    def takes_known(self) -> bool:
+        """Whether the code behind the quantiser predicts integers from numbers that are known."""
+        return self.code.predicts
+
+    def prepare(self, weights: Weights) -> bytes:
+        """Return what the quantiser learns from all tensors that it will quantise."""
+        return self.quantiser.fit(_quantisable(weights))
+
+    def memory(self, shared: bytes) -> Memory:
+        """Return the memory of the code behind the quantiser."""
+        return self.code.memory(shared)
+
+    def encode(self, handle: TensorHandle, memory: Memory, known: torch.Tensor | None = None) -> EncodedTensor:
+        """Return the stream of symbols and side information, with the distortion; see `Code.encode`.
+
+        Raises
+        ------
+        WeightsError
+            The tensor holds NaN or infinity, and the quantiser isn't lossless.
+        """
+        if not is_quantisable(handle.dtype):
+            return self.code.encode(handle, memory, known)
+        tensor = QuantisedTensor(self.quantiser, handle, memory.shared)
+        if tensor.escapes:
+            return EncodedTensor([Part(STRUCTURE, varint(0)), *self.code.encode(handle, memory, known).parts])
+        symbols, side = tensor.quantised.symbols, tensor.quantised.side
+        form, told = tell_arrays([symbols], handle.shape, _USUAL_DTYPE)
+        parts = [
+            Part(STRUCTURE, varint(FORMS * (len(side) + self.quantiser.lossless) + form) + told),
+            Part("tables", side),
+            *self.code.encode_symbols(symbols, memory, _of_shape(known, symbols.shape)),
+        ]
+        return EncodedTensor(parts, tensor.squared_error, tensor.exact)
+
+    def decode(
+        self, entry: TensorEntry, data: bytes, memory: Memory, known: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Return the quantised tensor, the same on every machine; see `Code.decode`."""
+        if not is_quantisable(entry.dtype):
+            return self.code.decode(entry, data, memory, known)
+        reader = Reader(data)
+        announced = reader.varint()
+        if self.quantiser.lossless and not announced:
+            return self.code.decode(entry, reader.rest(), memory, known)
+        length, number = divmod(announced, FORMS)
+        ((shape, dtype), *others) = read_arrays(number, reader, entry.shape, _USUAL_DTYPE)
+        if others:
+            raise StreamError(f"{self.quantiser.name}: {1 + len(others)} arrays of symbols where there can be one")
+        side = reader.take(length - self.quantiser.lossless)
+        symbols = self.code.decode_symbols(reader.rest(), shape, dtype, memory, _of_shape(known, shape))
+        return reconstruct(self.quantiser, Quantised(symbols, side), entry.dtype, entry.shape, memory.shared)
+
+
+@dataclass(frozen=True)
+class QuantisedLength(TwoStages, CodeLength):
+    """A code length behind a quantiser; the quantiser's side information is paid for as it is."""
+
+    quantiser: Quantiser
+    measure: CodeLength
+    name: ClassVar[str] = "quantised"
+
+    @property
+    def kind(self) -> Kind:
+        """The kind of the length."""
+        return self.measure.kind
+
+    def prepare(self, weights: Weights) -> bytes:
+        """Return what the quantiser learns from all tensors that it will quantise."""
+        return self.quantiser.fit(_quantisable(weights))
+
+    def length(self, symbols: Symbols) -> float:
+        """Return the length of integers, which aren't quantised."""
+        return self.measure.length(symbols)
+
+    def tensor_length(self, handle: TensorHandle, shared: bytes) -> TensorLength:
+        """Return the length of symbols and side information, with the distortion."""
+        if not is_quantisable(handle.dtype):
+            return self.measure.tensor_length(handle, b"")
+        tensor = QuantisedTensor(self.quantiser, handle, shared)
+        if tensor.escapes:
+            return self.measure.tensor_length(handle, b"")
+        side = 8.0 * len(varint(len(tensor.quantised.side)) + tensor.quantised.side)
+        payload = self.measure.length(tensor.quantised.symbols)
+        return TensorLength({"tables": side, "payload": payload}, tensor.squared_error, tensor.exact)
+
+
+def is_quantisable(dtype: torch.dtype) -> bool:
+    """Return whether quantisers work on a dtype: every real float but float8_e8m0fnu, which has no zero."""
+    return dtype.is_floating_point and dtype is not torch.float8_e8m0fnu
+
+
+def quantised_weights(estimator: QuantisedCode | QuantisedLength, weights: Weights) -> Weights:
+    """Return the weights that the quantiser's symbols stand for, quantised anew at every read.
+
+    The files stay those of the weights that were given, which must stay open.
+    """
+    quantiser, shared = estimator.quantiser, estimator.prepare(weights)
+    handles = [
+        replace(handle, load=partial(_quantised_tensor, quantiser, handle, shared))
+        if is_quantisable(handle.dtype)
+        else handle
+        for handle in weights.values()
+    ]
+    return Weights(handles, weights.skipped, weights.source)
+
+
+def _quantised_tensor(quantiser: Quantiser, handle: TensorHandle, shared: bytes) -> torch.Tensor:
+    quantised = quantiser.quantise(handle.values(), shared)
+    return reconstruct(quantiser, quantised, handle.dtype, handle.shape, shared)
+
+
+class QuantisedTensor:
+    """A tensor's symbols, and how far what they stand for is from the tensor.
+
+    Attributes
+    ----------
+    quantised
+        Symbols and side information.
+    decoded
+        The tensor that a decoder gives back.
+    squared_error
+        Sum of squared differences between the two.
+    exact
+        Whether every bit comes back.
+    escapes
+        Whether the coder alone must code the tensor.
+
+    Raises
+    ------
+    WeightsError
+        The tensor holds NaN or infinity, and the quantiser isn't lossless.
+    """
+
+    def __init__(self, quantiser: Quantiser, handle: TensorHandle, shared: bytes) -> None:
+        tensor = handle.read()
+        values = values_of(tensor) if quantiser.lossless else finite_values(tensor, quantiser, handle)
+        self.quantised = quantiser.quantise(values, shared)
+        self.decoded = reconstruct(quantiser, self.quantised, handle.dtype, handle.shape, shared)
+        self.exact = bool(np.array_equal(words_of(tensor), words_of(self.decoded)))
+        # Machines differ in what they make of a short NaN.
+        short = handle.dtype.itemsize < values.dtype.itemsize
+        self.escapes = quantiser.lossless and (not self.exact or (short and bool(np.isnan(values).any())))
+        self.squared_error = 0.0 if self.exact or self.escapes else squared_error(tensor, self.decoded)
+
+
+def finite_values(tensor: torch.Tensor, quantiser: Quantiser, handle: TensorHandle) -> NDArray[np.floating[Any]]:
+    """Return the values of a tensor that is to be quantised; see `values_of`.
+
+    Raises
+    ------
+    WeightsError
+        There is NaN or infinity among them.
+    """
+    values = values_of(tensor)
+    if not np.isfinite(values).all():
+        raise WeightsError(
+            f"the tensor {handle.name!r} ({dtype_name(handle.dtype)}, {handle.shape}) holds NaN or infinity and "
+            f"can't be quantised by {quantiser.name!r}: exclude it, or use a lossless estimator"
+        )
+    return values
+
+
+def reconstruct(
+    quantiser: Quantiser, quantised: Quantised, dtype: torch.dtype, shape: Shape, shared: bytes
+) -> torch.Tensor:
+    """Return the tensor that symbols stand for, rounded to its dtype."""
+    wide = np.dtype(np.float64 if dtype is torch.float64 else np.float32)
+    values = quantiser.reconstruct(quantised, shape, wide, shared)
+    return torch.from_numpy(np.ascontiguousarray(values)).to(dtype).reshape(shape)
+
+
+def _of_shape(known: torch.Tensor | None, shape: Shape) -> torch.Tensor | None:
+    """Return what is known where it has a shape; of symbols in another shape it says nothing."""
+    return known if known is not None and tuple(known.shape) == shape else None
+
+
+def _quantisable(weights: Weights) -> list[TensorHandle]:
+    return [handle for handle in weights.values() if is_quantisable(handle.dtype)]

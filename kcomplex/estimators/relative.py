@@ -1,0 +1,151 @@
+"""Relative descriptions, K(w | w0): weights given other weights, a checkpoint or an initialisation and its seed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import numpy as np
+import torch
+
+from kcomplex.errors import SpecError, StreamError
+from kcomplex.estimators.code import Code, EncodedTensor, Memory
+from kcomplex.estimators.estimator import Estimator
+from kcomplex.estimators.given import STAGE, Given, GivenSource, StatedGiven, digest_of_weights, given_of
+from kcomplex.estimators.structure import TensorEntry
+from kcomplex.estimators.symbols import Shape
+from kcomplex.weights import TensorHandle, Weights, dtype_name, words_of
+
+
+class GivenMemory(Memory):
+    """The memory of a relative code: that of the code behind it, and the given weights.
+
+    Attributes
+    ----------
+    digest
+        Of the given weights.
+    """
+
+    def __init__(self, behind: Memory, weights: Weights, digest: str) -> None:
+        super().__init__(behind.shared)
+        self.behind = behind
+        self.digest = digest
+        self._handles = {name: handle for handle in weights.values() for name in (handle.name, *handle.aliases)}
+
+    def known(self, names: tuple[str, ...], dtype: torch.dtype, shape: Shape) -> torch.Tensor | None:
+        """Return the tensor that is given for one of some names, a dtype and a shape; None where there is none.
+
+        One of another dtype is of use, too, if it has elements.
+        """
+        for name in names:
+            handle = self._handles.get(name)
+            if handle is not None and handle.shape == shape and (handle.elements or handle.dtype == dtype):
+                return handle.read()
+        return None
+
+
+@dataclass(frozen=True)
+class GivenCode(Code):
+    """A code for weights given others; its specification is that of the code after ``given:...|``.
+
+    A tensor that is equal to the given one of its name takes no byte; one that has none of its names and shape is coded
+    plainly.
+
+    Parameters
+    ----------
+    stated
+        What a stream says that it was made with; None for an encoder.
+
+    Raises
+    ------
+    SpecError
+        The code has no use for other weights.
+    """
+
+    given: Given
+    code: Code
+    stated: StatedGiven | None = None
+    name: ClassVar[str] = "given"
+
+    def __post_init__(self) -> None:
+        if not self.code.takes_known:
+            raise SpecError(f"{self.code.spec!r} has no use for given weights: take lin, mix, or a coder such as zstd")
+
+    @property
+    def spec(self) -> str:
+        """Specification string; where the weights are in memory, their digest stands in it."""
+        return f"{STAGE}{self.given.text}|{self.code.spec}"
+
+    @property
+    def full_spec(self) -> str:
+        """Specification string with every option of the code."""
+        return f"{STAGE}{self.given.text}|{self.code.full_spec}"
+
+    @property
+    def sequential(self) -> bool:
+        """Whether the code behind is."""
+        return self.code.sequential
+
+    def prepare(self, weights: Weights) -> bytes:
+        """Return the side information of the code behind."""
+        return self.code.prepare(weights)
+
+    def memory(self, shared: bytes) -> GivenMemory:
+        """Return the memory of a new stream, with the given weights opened.
+
+        Raises
+        ------
+        StreamError
+            A stream was encoded with other weights, or nobody gave them.
+        KComplexError
+            They can't be opened.
+        """
+        weights = self.given.open()
+        digest = digest_of_weights(weights)
+        if self.stated is not None:
+            self.stated.require(digest)
+        return GivenMemory(self.code.memory(shared), weights, digest)
+
+    def stream_spec(self, memory: Memory) -> str:
+        """Return the specification with every option of the code, the recipe and the digest."""
+        assert isinstance(memory, GivenMemory)
+        return f"{STAGE}{self.given.stream_text(memory.digest)}|{self.code.stream_spec(memory.behind)}"
+
+    def encode(self, handle: TensorHandle, memory: Memory, known: torch.Tensor | None = None) -> EncodedTensor:
+        """Return one tensor's stream; see `Code.encode`."""
+        assert isinstance(memory, GivenMemory)
+        known = memory.known((handle.name, *handle.aliases), handle.dtype, handle.shape)
+        if known is None:
+            return self.code.encode(handle, memory.behind)
+        if known.dtype == handle.dtype and np.array_equal(words_of(known), words_of(handle.read())):
+            return EncodedTensor([])
+        return self.code.encode(handle, memory.behind, known)
+
+    def decode(
+        self, entry: TensorEntry, data: bytes, memory: Memory, known: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Return the tensor; see `Code.decode`."""
+        assert isinstance(memory, GivenMemory)
+        known = memory.known(entry.names, entry.dtype, entry.shape)
+        if known is None or data:
+            return self.code.decode(entry, data, memory.behind, known)
+        if known.dtype != entry.dtype:
+            raise StreamError(f"it is said to be as given, where it is given as {dtype_name(known.dtype)}")
+        return known.clone()
+
+
+def relative(estimator: Estimator, given: GivenSource) -> Estimator:
+    """Return the code of weights given others; of a code that names what is given, the same with that in hand.
+
+    Raises
+    ------
+    SpecError
+        The estimator is no code, or has no use for other weights.
+    """
+    found = given_of(given)
+    if isinstance(estimator, GivenCode):
+        stated = estimator.given if isinstance(estimator.given, StatedGiven) else None
+        return replace(estimator, given=found, stated=stated)
+    if not isinstance(estimator, Code):
+        raise SpecError(f"{estimator.spec!r} is of kind {estimator.kind} and has no use for given weights: take a code")
+    return GivenCode(found, estimator)
