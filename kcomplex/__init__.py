@@ -13,10 +13,15 @@ if TYPE_CHECKING:
     from kcomplex.errors import KComplexError as KComplexError
     from kcomplex.estimators.description import Description as Description
     from kcomplex.estimators.pipeline import build_estimator as build_estimator
+    from kcomplex.kcz.container import decode as decode
+    from kcomplex.kcz.container import encode as encode
+    from kcomplex.kcz.container import verify as verify
     from kcomplex.measuring.descriptions import Descriptions as Descriptions
+    from kcomplex.measuring.explanation import explain as explain
     from kcomplex.measuring.measure import describe as describe
     from kcomplex.measuring.stream import decode_checkpoint as decode_checkpoint
     from kcomplex.measuring.stream import encode_checkpoint as encode_checkpoint
+    from kcomplex.quantising.quantisation import quantise as quantise
     from kcomplex.sources.open import open_weights as open_weights
     from kcomplex.tracking.frames import load_runs as load_runs
     from kcomplex.tracking.tracker import Tracker as Tracker
@@ -30,12 +35,17 @@ _PUBLIC = {
     "Tracker": "kcomplex.tracking.tracker",
     "Weights": "kcomplex.weights",
     "attach": "kcomplex.tracking.tracker",
+    "build_estimator": "kcomplex.estimators.pipeline",
+    "decode": "kcomplex.kcz.container",
     "decode_checkpoint": "kcomplex.measuring.stream",
     "describe": "kcomplex.measuring.measure",
+    "encode": "kcomplex.kcz.container",
     "encode_checkpoint": "kcomplex.measuring.stream",
-    "build_estimator": "kcomplex.estimators.pipeline",
+    "explain": "kcomplex.measuring.explanation",
     "load_runs": "kcomplex.tracking.frames",
     "open_weights": "kcomplex.sources.open",
+    "quantise": "kcomplex.quantising.quantisation",
+    "verify": "kcomplex.kcz.container",
 }
 __all__ = [*_PUBLIC, "__version__", "modes"]
 

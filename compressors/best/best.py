@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import ClassVar, Literal, cast
 
 import torch
 
 from kcomplex.errors import StreamError
-from kcomplex.estimators.code import Code, EncodedTensor, Memory, SymbolCode
+from kcomplex.estimators.code import Code, EncodedTensor, Memory, Outcome, SymbolCode
 from kcomplex.estimators.differences import from_word_differences, word_differences
 from kcomplex.estimators.pipeline import build_estimator
 from kcomplex.estimators.structure import TensorEntry
@@ -34,7 +35,9 @@ _MEMBERS = (
     "palette|context",
     "planes|context",
 )
-_MOSAIC = _MEMBERS.index("mosaic|entropy")
+_RAW, _ENTROPY, _MOSAIC = map(_MEMBERS.index, ("raw", "entropy", "mosaic|entropy"))
+# The share of a stream that its structure takes from which one member for all is tried, of the commonest so many.
+_TOLD, _MOST_RIVALS = 1e-3, 2
 _FAST = ("raw", "entropy", "palette|context", "planes|entropy", "planes|context", "planes|zstd", "mosaic|entropy")
 _TIERS = {
     "fast": tuple(map(_MEMBERS.index, _FAST)),
@@ -129,6 +132,23 @@ class Best(Code):
         """Return the memory of a new stream."""
         return BestMemory(shared)
 
+    def stream_spec(self, memory: Memory) -> str:
+        """Return the name alone: the decoder is that of every tier."""
+        return self.name
+
+    def rivals(self, outcome: Outcome) -> tuple[Code, ...]:
+        """Return one member for all tensors, of those by which the stream may be shorter on the whole.
+
+        A member that learns may learn more from all tensors than it loses with some; and choices of their own may cost
+        small tensors more than they save.
+        """
+        used = {choice % RELATIVE for choice in outcome.choices}
+        places = {place for place in _TIERS[self.tier] if _member(place).sequential}
+        if outcome.structure_bits > _TOLD * outcome.bits:
+            commonest = Counter(choice % RELATIVE for choice in outcome.choices).most_common(_MOST_RIVALS)
+            places |= {_RAW, _ENTROPY, *(place for place, _ in commonest)} - {_MOSAIC}
+        return tuple(_OneForAll(self, place) for place in sorted(places) if used != {place})
+
     def encode(self, handle: TensorHandle, memory: Memory, known: torch.Tensor | None = None) -> EncodedTensor:
         """Return the shortest stream, alone or given another tensor; nothing of a tensor without weights."""
         assert isinstance(memory, BestMemory)
@@ -139,11 +159,11 @@ class Best(Code):
             promised.append((0.0, Entrant(_MOSAIC, View(handle), _member(_MOSAIC), memory.trial)))
         found: tuple[Entrant, EncodedTensor, Memory] | None = None
         for promise, entrant in promised:
-            if found is not None and promise >= found[1].size:
+            if found is not None and promise >= _cost(found[1].size, found[0]):
                 continue
             learned = entrant.trial()
             encoded = entrant.view.encode(entrant.code, learned)
-            if found is None or encoded.size < found[1].size:
+            if found is None or _cost(encoded.size, entrant) < _cost(found[1].size, found[0]):
                 found = entrant, encoded, learned
         assert found is not None
         entrant, encoded, learned = found
@@ -177,7 +197,7 @@ class Best(Code):
                 raise StreamError(f"best: {len(data)} bytes of a tensor without weights")
             return torch.zeros(entry.shape, dtype=entry.dtype)
         relative, place = divmod(entry.choice, RELATIVE)
-        if place not in _TIERS[self.tier] or (relative and (known is None or place == _MOSAIC)):
+        if place >= len(_MEMBERS) or (relative and (known is None or place == _MOSAIC)):
             raise StreamError("best: the stream names a member that the portfolio hasn't")
         code, learned = _member(place), memory.member(place)
         if not relative:
@@ -189,6 +209,69 @@ class Best(Code):
             raise StreamError(f"best: differences from {known.dtype} give no {entry.dtype}")
         steps = TensorEntry(entry.names, _step_dtype(entry.dtype), _step_shape(entry.dtype, entry.shape))
         return from_word_differences(words_of(code.decode(steps, data, learned)), known)
+
+
+@dataclass(frozen=True)
+class _OneForAll(Code):
+    """Encodes every tensor by one member of the portfolio; what it writes is decoded by `Best`."""
+
+    best: Best
+    place: int
+    name: ClassVar[str] = "one_for_all"
+
+    @property
+    def spec(self) -> str:
+        """The portfolio's."""
+        return self.best.spec
+
+    def stream_spec(self, memory: Memory) -> str:
+        """Return the portfolio's."""
+        return self.best.stream_spec(memory)
+
+    @property
+    def sequential(self) -> bool:
+        """Whether the member is."""
+        return _member(self.place).sequential
+
+    @property
+    def divisible(self) -> bool:
+        """See `Best.divisible`."""
+        return self.best.divisible
+
+    @property
+    def takes_known(self) -> bool:
+        """See `Best.takes_known`."""
+        return self.best.takes_known
+
+    def memory(self, shared: bytes = b"") -> BestMemory:
+        """Return the portfolio's memory."""
+        return self.best.memory(shared)
+
+    def encode(self, handle: TensorHandle, memory: Memory, known: torch.Tensor | None = None) -> EncodedTensor:
+        """Return the member's stream; nothing of a tensor without weights."""
+        assert isinstance(memory, BestMemory)
+        if not handle.elements:
+            return EncodedTensor([])
+        code, learned = _member(self.place), memory.member(self.place)
+        if known is None or _predicts(self.place):
+            encoded = code.encode(handle, learned, known)
+            return replace(encoded, choice=self.place + (0 if known is None else RELATIVE))
+        alone = replace(code.encode(handle, learned), choice=self.place)
+        if known.dtype != handle.dtype:
+            return alone
+        steps = replace(code.encode(_differences(handle, known), learned), choice=self.place + RELATIVE)
+        return min(alone, steps, key=lambda encoded: encoded.size)
+
+    def decode(
+        self, entry: TensorEntry, data: bytes, memory: Memory, known: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Return the tensor; see `Best.decode`."""
+        return self.best.decode(entry, data, memory, known)
+
+
+def _cost(size: int, entrant: Entrant) -> int:
+    """Return the bytes of a stream and of saying that it isn't of plain words, whose length goes without saying."""
+    return size + (entrant.choice != _RAW)
 
 
 @cache

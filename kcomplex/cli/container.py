@@ -26,11 +26,11 @@ def encode(
     jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="threads; the file doesn't depend on it")] = 1,
 ) -> None:
     """Write a checkpoint as a .kcz file that decode gives back."""
-    from kcomplex.kcz.container import encode_file
+    from kcomplex.kcz import container
     from kcomplex.sources.open import open_weights
 
     with open_weights(path) as weights, _progress("encoding", weights.nbytes) as (bar, task):
-        size = encode_file(
+        size = container.encode(
             path,
             output,
             estimator,
@@ -52,12 +52,12 @@ def decode(
     jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="threads")] = 1,
 ) -> None:
     """Write the tensors of a .kcz file as a safetensors file."""
-    from kcomplex.kcz.container import Container, decode_file
+    from kcomplex.kcz import container
 
-    with Container(path) as container:
-        total = len(container.entries)
+    with container.Container(path) as opened:
+        total = len(opened.entries)
     with _progress("decoding", total) as (bar, task):
-        decode_file(path, output, given=given, jobs=jobs, progress=lambda _: bar.update(task, advance=1))
+        container.decode(path, output, given=given, jobs=jobs, progress=lambda _: bar.update(task, advance=1))
     errors.print(f"wrote {output}: {total} tensors", markup=False)
 
 
@@ -68,9 +68,9 @@ def verify(
     jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="threads")] = 1,
 ) -> None:
     """Check every byte of a .kcz file, decode it, and compare it with the original; exit code 1 if they differ."""
-    from kcomplex.kcz.container import verify_file
+    from kcomplex.kcz import container
 
-    error = verify_file(path, original, given=given, jobs=jobs)
+    error = container.verify(path, original, given=given, jobs=jobs)
     told = "every bit" if error == 0 else f"quantised, mean squared error {error:.6g}"
     compared = f"decodes and is what {original} holds" if original is not None else "is undamaged and decodes"
     errors.print(f"{path} {compared} ({told})", markup=False)

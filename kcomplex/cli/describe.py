@@ -107,7 +107,7 @@ def _measure(weights: Weights, wanted: list[Estimator], jobs: int, verify: bool)
     from rich.progress import Progress
 
     from kcomplex.measuring.measure import describe as measure
-    from kcomplex.measuring.stream import verify as verify_code
+    from kcomplex.measuring.stream import prove as verify_code
 
     with Progress(console=errors, transient=True, disable=not sys.stderr.isatty()) as bar:
         task = bar.add_task("", total=max(weights.nbytes, 1) * len(wanted))

@@ -26,7 +26,7 @@ def explain_weights(
     from rich.progress import Progress, TaskID
 
     from kcomplex.measuring.explanation import explain
-    from kcomplex.measuring.stream import verify as verify_code
+    from kcomplex.measuring.stream import prove as verify_code
 
     with Progress(console=errors, transient=True, disable=not sys.stderr.isatty()) as bar:
         tasks: dict[str, TaskID] = {}

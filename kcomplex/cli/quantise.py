@@ -41,7 +41,7 @@ def quantise(
 
     from rich.progress import Progress, TextColumn
 
-    from kcomplex.quantising.quantisation import quantise_file
+    from kcomplex.quantising import quantisation
 
     shown = output_format(as_json, as_csv)
     function = None if evaluate is None else _imported(evaluate)
@@ -53,7 +53,7 @@ def quantise(
             what = "loss" if function else "error" if mse is not None else "bits a weight"
             bar.update(task, completed=trials, description=f"{what} {number:.6g}")
 
-        told = quantise_file(
+        told = quantisation.quantise(
             path,
             output,
             estimator,

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+import time
 from abc import abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from kcomplex.errors import StreamError
 from kcomplex.estimators.coder import Coder, Part, size_of
 from kcomplex.estimators.description import STRUCTURE, Description, Kind
 from kcomplex.estimators.differences import from_word_differences, word_differences
+from kcomplex.estimators.duplicates import find_duplicates, without
 from kcomplex.estimators.estimator import Estimator, Progress, TensorLength, describe_tensors, sum_parts
 from kcomplex.estimators.spec import full_spec_of, spec_of
 from kcomplex.estimators.structure import TensorEntry, join_lengths, split_lengths
@@ -54,6 +56,22 @@ class EncodedTensor:
     def to_bytes(self) -> bytes:
         """Return the stream."""
         return b"".join(part.data for part in self.parts)
+
+
+class Outcome(NamedTuple):
+    """What came of encoding weights with a code.
+
+    Attributes
+    ----------
+    bits, structure_bits
+        Of the whole stream, and of its structure.
+    choices
+        What the code chose, for every tensor (or piece) whose stream isn't empty.
+    """
+
+    bits: float
+    structure_bits: float
+    choices: tuple[int, ...]
 
 
 class Memory:
@@ -108,6 +126,13 @@ class Code(Estimator):
         """Return what a stream names its decoder by: every option, whatever the defaults of its version."""
         return self.full_spec
 
+    def rivals(self, outcome: Outcome) -> tuple[Code, ...]:
+        """Return codes with the same decoder that may be shorter on the whole, after what came of this one.
+
+        The shortest stream of them all is taken. None by default.
+        """
+        return ()
+
     @abstractmethod
     def encode(self, handle: TensorHandle, memory: Memory, known: torch.Tensor | None = None) -> EncodedTensor:
         """Return one tensor's stream.
@@ -133,24 +158,38 @@ class Code(Estimator):
         """
 
     def describe(self, weights: Weights, *, jobs: int = 1, progress: Progress | None = None) -> Description:
-        """Return the description; see `Estimator.describe`. Codes pay for the structure."""
-        shared = self.prepare(weights)
+        """Return the description of the shortest stream; see `Estimator.describe`. Codes pay for the structure."""
+        start = time.perf_counter()
+        description, outcome = self._described(weights, jobs, progress)
+        for rival in self.rivals(outcome):
+            other, _ = rival._described(weights, jobs, None)
+            description = min(description, other, key=lambda found: found.value)
+        return replace(description, seconds=time.perf_counter() - start)
+
+    def _described(self, weights: Weights, jobs: int, progress: Progress | None) -> tuple[Description, Outcome]:
+        originals = find_duplicates(weights)
+        shared = self.prepare(without(weights, originals))
         memory = self.memory(shared)
+        choices: dict[str, int] = {}
 
         def measure(handle: TensorHandle) -> TensorLength:
             encoded = self.encode(handle, memory)
+            if encoded.size:
+                choices[handle.name] = encoded.choice
             parts = sum_parts(item for part in encoded.parts for item in part.bits().items())
             return TensorLength(parts, encoded.squared_error, encoded.exact, encoded.choice)
 
-        return describe_tensors(
+        description = describe_tensors(
             self,
             weights,
+            originals,
             measure,
             stream_spec=self.stream_spec(memory),
             shared=shared,
             jobs=1 if self.sequential and jobs else jobs,
             progress=progress,
         )
+        return description, Outcome(description.value, description.parts[STRUCTURE], tuple(choices.values()))
 
 
 class SymbolCode(Code):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -51,6 +51,12 @@ def find_duplicates(weights: Weights) -> dict[str, Original]:
             else:
                 found[handle.name] = original
     return found
+
+
+def without(weights: Weights, originals: Mapping[str, Original]) -> Weights:
+    """Return the weights that aren't the same as earlier ones; their files stay those of the given weights."""
+    own = [handle for name, handle in weights.items() if name not in originals]
+    return Weights(own, weights.skipped, weights.source) if originals else weights
 
 
 def duplicate(original: torch.Tensor, shape: tuple[int, ...], transposed: bool) -> torch.Tensor:

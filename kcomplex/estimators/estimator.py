@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, TypeAlias, TypeVar
 
 from kcomplex.estimators.description import STRUCTURE, Description, Kind, TensorDescription, Unit
-from kcomplex.estimators.duplicates import Original, find_duplicates
+from kcomplex.estimators.duplicates import Original
 from kcomplex.estimators.spec import full_spec_of, spec_of
 from kcomplex.estimators.structure import encode_structure, entries_of
 from kcomplex.machine.parallel import in_order
@@ -84,6 +84,7 @@ class TensorLength:
 def describe_tensors(
     estimator: Estimator,
     weights: Weights,
+    originals: Mapping[str, Original],
     measure: Callable[[TensorHandle], TensorLength],
     *,
     stream_spec: str = "",
@@ -95,16 +96,16 @@ def describe_tensors(
 
     Parameters
     ----------
+    originals
+        Of the tensors that are the same as an earlier one, by name; see `find_duplicates`.
     measure
-        Returns a tensor's length; of a tensor that is the same as an earlier one it isn't asked, unless the estimator
-        is a proxy.
+        Returns the length of any other tensor.
     stream_spec
         What a stream would name its decoder by: codes and ideal lengths pay for the structure that tells it.
     shared
         Side information that all tensors share.
     """
     start = time.perf_counter()
-    originals = {} if estimator.kind == "proxy" else find_duplicates(weights)
 
     def measured(handle: TensorHandle) -> TensorLength | None:
         return None if handle.name in originals else measure(handle)
@@ -124,7 +125,7 @@ def describe_tensors(
 
 
 def _described(
-    handle: TensorHandle, lengths: dict[str, TensorLength | None], originals: dict[str, Original]
+    handle: TensorHandle, lengths: dict[str, TensorLength | None], originals: Mapping[str, Original]
 ) -> TensorDescription:
     own, original = lengths[handle.name], originals.get(handle.name)
     source = own if original is None else lengths[original.name]

@@ -6,6 +6,7 @@ from abc import abstractmethod
 from functools import partial
 
 from kcomplex.estimators.description import Description
+from kcomplex.estimators.duplicates import find_duplicates, without
 from kcomplex.estimators.estimator import Estimator, Progress, TensorLength, describe_tensors
 from kcomplex.estimators.symbols import Symbols, symbols_of
 from kcomplex.weights import TensorHandle, Weights
@@ -28,8 +29,9 @@ class CodeLength(Estimator):
 
     def describe(self, weights: Weights, *, jobs: int = 1, progress: Progress | None = None) -> Description:
         """Return the description; see `Estimator.describe`. Ideal lengths pay for the structure."""
-        shared = self.prepare(weights)
+        originals = {} if self.kind == "proxy" else find_duplicates(weights)
+        shared = self.prepare(without(weights, originals))
         measure = partial(self.tensor_length, shared=shared)
         return describe_tensors(
-            self, weights, measure, stream_spec=self.full_spec, shared=shared, jobs=jobs, progress=progress
+            self, weights, originals, measure, stream_spec=self.full_spec, shared=shared, jobs=jobs, progress=progress
         )

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from kcomplex.errors import SpecError, StreamError
-from kcomplex.estimators.code import Code, EncodedTensor, Memory
+from kcomplex.estimators.code import Code, EncodedTensor, Memory, Outcome
 from kcomplex.estimators.estimator import Estimator
 from kcomplex.estimators.given import STAGE, Given, GivenSource, StatedGiven, digest_of_weights, given_of
 from kcomplex.estimators.structure import TensorEntry
@@ -110,6 +110,10 @@ class GivenCode(Code):
         """Return the specification with every option of the code, the recipe and the digest."""
         assert isinstance(memory, GivenMemory)
         return f"{STAGE}{self.given.stream_text(memory.digest)}|{self.code.stream_spec(memory.behind)}"
+
+    def rivals(self, outcome: Outcome) -> tuple[Code, ...]:
+        """Return the rivals of the code behind, given the same."""
+        return tuple(replace(self, code=rival) for rival in self.code.rivals(outcome))
 
     def encode(self, handle: TensorHandle, memory: Memory, known: torch.Tensor | None = None) -> EncodedTensor:
         """Return one tensor's stream; see `Code.encode`."""

@@ -46,8 +46,10 @@ _DTYPE_NAMES = (
 _DTYPE_NUMBERS = {name: number for number, name in enumerate(_DTYPE_NAMES)}
 # Added to a dtype's number where the tensor is the same as an earlier one, or as its transpose.
 _SAME, _TRANSPOSED = 64, 128
-# What follows the lengths: how many pieces each tensor has (else one), and what its code chose (else nothing).
-_PIECES, _CHOICES = 1, 2
+# What is told besides: how many pieces each tensor has (else one); what its code chose for each, or for all of them
+# (else nothing).
+_PIECES, _CHOICES, _ONE_CHOICE = 1, 2, 4
+_MOST_FLAGS = _PIECES | _CHOICES | _ONE_CHOICE
 _MOST_DIMENSIONS = 64
 # Deflate makes at most 1032 bytes of one; a header that claims more lies.
 _DEFLATE_LIMIT = 1032
@@ -153,7 +155,9 @@ def encode_structure(spec: str, shared: int, entries: Sequence[TensorEntry]) -> 
     own = [entry for entry in entries if entry.original is None]
     counts = [len(entry.lengths) for entry in own]
     choices = [choice for entry in own for choice in entry.choices]
-    flags = (_PIECES if any(count != 1 for count in counts) else 0) | (_CHOICES if any(choices) else 0)
+    flags = _PIECES if any(count != 1 for count in counts) else 0
+    if any(choices):
+        flags |= _ONE_CHOICE if len(set(choices)) == 1 else _CHOICES
     body += join_lengths([shared, flags, len(entries)])
     body += join_lengths(len(entry.names) for entry in entries)
     for entry in entries:
@@ -168,8 +172,7 @@ def encode_structure(spec: str, shared: int, entries: Sequence[TensorEntry]) -> 
     if flags & _PIECES:
         body += join_lengths(counts)
     body += join_lengths(length for entry in own for length in entry.lengths)
-    if flags & _CHOICES:
-        body += bytes(choices)
+    body += bytes(choices if flags & _CHOICES else choices[:1] if flags & _ONE_CHOICE else [])
     packed = zlib.compress(bytes(body), 9)
     return MAGIC + varint(len(body)) + varint(len(packed)) + packed
 
@@ -199,7 +202,7 @@ def decode_structure(data: bytes) -> Structure:
         raise StreamError("the structure of the stream hasn't the length that it claims")
     reader = Reader(body)
     spec, shared, flags = reader.text(), reader.varint(), reader.varint()
-    if flags > _PIECES | _CHOICES:
+    if flags > _MOST_FLAGS or (flags & _CHOICES and flags & _ONE_CHOICE):
         raise StreamError(f"the structure of the stream has unknown flags: {flags}")
     entries = _bare_entries(reader)
     own = [place for place, entry in enumerate(entries) if entry.original is None]
@@ -207,7 +210,8 @@ def decode_structure(data: bytes) -> Structure:
     if sum(counts) > reader.left:
         raise StreamError(f"the structure announces {sum(counts)} pieces in {reader.left} bytes")
     lengths = [[reader.varint() for _ in range(count)] for count in counts]
-    choices = [tuple(reader.take(count) if flags & _CHOICES else bytes(count)) for count in counts]
+    common = reader.take(1) if flags & _ONE_CHOICE else b"\0"
+    choices = [tuple(reader.take(count) if flags & _CHOICES else common * count) for count in counts]
     for place, found, chosen in zip(own, lengths, choices, strict=True):
         entries[place] = replace(entries[place], lengths=tuple(found), choices=chosen)
     if reader.left:

@@ -22,16 +22,16 @@ import numpy as np
 import torch
 
 from kcomplex.errors import KComplexError, SourceNotFoundError, StreamError, VerificationError, WeightsError
-from kcomplex.estimators.code import Code, EncodedTensor, Memory
+from kcomplex.estimators.code import Code, EncodedTensor, Memory, Outcome
 from kcomplex.estimators.coder import Coder
-from kcomplex.estimators.duplicates import duplicate, find_duplicates
+from kcomplex.estimators.duplicates import duplicate, find_duplicates, without
 from kcomplex.estimators.estimator import Estimator
 from kcomplex.estimators.given import GivenSource
 from kcomplex.estimators.pipeline import build_decoder, build_estimator
 from kcomplex.estimators.structure import TensorEntry, entries_of
 from kcomplex.kcz.index import HEAD, Notes, PieceStream, digest_of, encode_index, read_index
 from kcomplex.kcz.pieces import Piece, handles_of
-from kcomplex.machine.files import refuse_overwriting, replacing
+from kcomplex.machine.files import beside, refuse_overwriting, replacing
 from kcomplex.machine.limits import require_memory
 from kcomplex.machine.parallel import in_order
 from kcomplex.sources.formats.safetensors_file import original_layout, safetensors_header
@@ -44,7 +44,7 @@ _LIMIT = 1 << 22
 Progress = Callable[[TensorHandle], None]
 
 
-def encode_file(
+def encode(
     source: Source,
     path: str | os.PathLike[str],
     estimator: str | Estimator | Coder,
@@ -85,29 +85,49 @@ def encode_file(
     try:
         # A caller's weights stay open.
         opened = nullcontext(source) if isinstance(source, Weights) else open_weights(source)
-        with opened as weights, replacing(target) as temporary, temporary.open("wb") as file:
-            _write(file, weights, code, _layout_of(source, weights), jobs, progress)
-            return file.tell()
+        with opened as weights, replacing(target) as temporary:
+            notes = _layout_of(source, weights)
+            size, outcome = _write(temporary, weights, code, notes, jobs, progress)
+            for rival in code.rivals(outcome):
+                with beside(temporary) as other:
+                    other_size, _ = _write(other, weights, rival, notes, jobs, None)
+                    if other_size < size:
+                        size = other_size
+                        other.replace(temporary)
+            return size
     except OSError as error:
         raise KComplexError(f"{target}: can't be written: {error.strerror or error}") from error
 
 
-def _write(file: BinaryIO, weights: Weights, code: Code, notes: Notes, jobs: int, progress: Progress | None) -> None:
-    shared = code.prepare(weights)
+def _write(
+    path: Path, weights: Weights, code: Code, notes: Notes, jobs: int, progress: Progress | None
+) -> tuple[int, Outcome]:
+    """Write a file; return its size in bytes, and what came of encoding."""
+    with path.open("wb") as file:
+        structure_bits, choices = _write_streams(file, weights, code, notes, jobs, progress)
+        return file.tell(), Outcome(8.0 * file.tell(), structure_bits, choices)
+
+
+def _write_streams(
+    file: BinaryIO, weights: Weights, code: Code, notes: Notes, jobs: int, progress: Progress | None
+) -> tuple[float, tuple[int, ...]]:
+    """Write everything; return the bits of the index, and the choices of streams that aren't empty."""
+    originals = find_duplicates(weights)
+    distinct = without(weights, originals)
+    shared = code.prepare(distinct)
     memory = code.memory(shared)
     file.write(HEAD + shared)
     limit = _LIMIT if code.divisible else 0
     digests = bytearray(digest_of(shared))
-    originals = find_duplicates(weights)
-    streams: dict[str, list[tuple[int, int]]] = {name: [] for name in weights if name not in originals}
+    streams: dict[str, list[tuple[int, int]]] = {name: [] for name in distinct}
     inexact: dict[str, float] = {}
 
-    def encode(piece: TensorHandle) -> tuple[TensorHandle, bytes, EncodedTensor]:
+    def encode_piece(piece: TensorHandle) -> tuple[TensorHandle, bytes, EncodedTensor]:
         encoded = code.encode(piece, memory)
         return piece, encoded.to_bytes(), encoded
 
-    pieces = (piece for name in streams for piece in handles_of(weights[name], limit))
-    for piece, stream, encoded in in_order(encode, pieces, 1 if code.sequential else jobs):
+    pieces = (piece for handle in distinct.values() for piece in handles_of(handle, limit))
+    for piece, stream, encoded in in_order(encode_piece, pieces, 1 if code.sequential else jobs):
         file.write(stream)
         digests += digest_of(stream)
         streams[piece.name].append((len(stream), encoded.choice))
@@ -118,7 +138,9 @@ def _write(file: BinaryIO, weights: Weights, code: Code, notes: Notes, jobs: int
     inexact |= {name: inexact[original.name] for name, original in originals.items() if original.name in inexact}
     entries = entries_of(weights, originals, streams)
     notes = replace(notes, inexact=inexact)
-    file.write(encode_index(code.stream_spec(memory), len(shared), limit, entries, bytes(digests), notes))
+    index = encode_index(code.stream_spec(memory), len(shared), limit, entries, bytes(digests), notes)
+    file.write(index)
+    return 8.0 * len(index), tuple(choice for told in streams.values() for length, choice in told if length)
 
 
 class Container:
@@ -181,8 +203,8 @@ class Container:
         StreamError
             A piece's bytes were changed.
         """
-        decode = partial(self._decoded, self._new_memory())
-        decoded = in_order(decode, self._streams, 1 if self._code.sequential else jobs)
+        threads = 1 if self._code.sequential else jobs
+        decoded = in_order(partial(self._decoded, self._new_memory()), self._streams, threads)
         for stream, tensor in zip(self._streams, decoded, strict=True):
             yield self.entries[stream.tensor], stream.piece, tensor
 
@@ -270,7 +292,7 @@ class Container:
         self.close()
 
 
-def decode_file(
+def decode(
     path: str | os.PathLike[str],
     output: str | os.PathLike[str],
     *,
@@ -329,7 +351,7 @@ def _written(file: BinaryIO, offset: int, entry: TensorEntry) -> Words:
     return np.frombuffer(file.read(entry.nbytes), word_dtype(entry.dtype))
 
 
-def verify_file(
+def verify(
     path: str | os.PathLike[str], source: Source | None = None, *, given: GivenSource | None = None, jobs: int = 1
 ) -> float:
     """Decode every tensor of a ``.kcz`` file and return the mean squared error a weight that it says to have.
@@ -358,7 +380,7 @@ def verify_file(
 
 
 def _compare(container: Container, source: Source, jobs: int) -> None:
-    """Check that a container holds what a source does; see `verify_file`."""
+    """Check that a container holds what a source does; see `verify`."""
     path, weights = container.path, open_weights(source)
     if list(weights) != [entry.names[0] for entry in container.entries]:
         raise VerificationError(f"{path}: it holds other tensors than {weights.source}")

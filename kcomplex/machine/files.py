@@ -9,9 +9,14 @@ from pathlib import Path
 
 from kcomplex.errors import KComplexError
 
+# What no reader takes for a part of a checkpoint in a folder, and may be written anew beside one.
+_OWN_SUFFIX = ".kcz"
+
 
 def refuse_overwriting(target: Path, *sources: object) -> None:
-    """Check that a file to be written isn't one of those that it is made of.
+    """Check that a file to be written isn't one of those that it is made of, or in a folder that it is made of.
+
+    In such a folder it may be a new file, or a ``.kcz`` file.
 
     Raises
     ------
@@ -21,10 +26,34 @@ def refuse_overwriting(target: Path, *sources: object) -> None:
     for source in sources:
         if not isinstance(source, (str, os.PathLike)):
             continue
-        # Neither needs to exist, and a recipe is no path.
-        with suppress(OSError):
-            if target.samefile(source):
-                raise KComplexError(f"{target}: writing it would destroy what it is made of: take another name")
+        folder = Path(source)
+        members = (path for path in folder.rglob("*") if path.suffix != _OWN_SUFFIX) if _is_folder(folder) else ()
+        if any(_is_same(target, path) for path in (folder, *members)):
+            raise KComplexError(f"{target}: writing it would destroy what it is made of: take another name")
+
+
+def _is_folder(path: Path) -> bool:
+    # A recipe is no path.
+    with suppress(OSError, ValueError):
+        return path.is_dir()
+    return False
+
+
+def _is_same(target: Path, path: Path) -> bool:
+    # Neither needs to exist.
+    with suppress(OSError, ValueError):
+        return target.samefile(path)
+    return False
+
+
+@contextmanager
+def beside(path: Path) -> Iterator[Path]:
+    """Yield another path in the same folder; what is there at the end is removed."""
+    other = path.with_name(f"{path.name}.other")
+    try:
+        yield other
+    finally:
+        other.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 import torch
 
 from kcomplex.errors import StreamError, VerificationError, WeightsError
-from kcomplex.estimators.code import Code
+from kcomplex.estimators.code import Code, Outcome
 from kcomplex.estimators.coder import Coder
 from kcomplex.estimators.description import Description, TensorDescription
-from kcomplex.estimators.duplicates import duplicate, find_duplicates
+from kcomplex.estimators.duplicates import duplicate, find_duplicates, without
 from kcomplex.estimators.estimator import Estimator
 from kcomplex.estimators.given import GivenSource
 from kcomplex.estimators.pipeline import build_decoder, build_estimator
@@ -18,7 +18,7 @@ from kcomplex.estimators.relative import GivenCode
 from kcomplex.estimators.structure import decode_structure, encode_structure, entries_of
 from kcomplex.machine.limits import require_memory
 from kcomplex.sources.open import Source, open_weights
-from kcomplex.weights import TensorHandle, squared_error, words_of
+from kcomplex.weights import TensorHandle, Weights, squared_error, words_of
 
 
 def encode_checkpoint(source: Source, estimator: str | Estimator | Coder, *, given: GivenSource | None = None) -> bytes:
@@ -38,13 +38,23 @@ def encode_checkpoint(source: Source, estimator: str | Estimator | Coder, *, giv
     if not isinstance(code, Code):
         raise WeightsError(f"{code.spec!r} is of kind {code.kind}: it has no stream that could be decoded")
     weights = open_weights(source)
-    shared = code.prepare(weights)
-    memory = code.memory(shared)
+    stream, outcome = _encoded(weights, code)
+    for rival in code.rivals(outcome):
+        stream = min(stream, _encoded(weights, rival)[0], key=len)
+    return stream
+
+
+def _encoded(weights: Weights, code: Code) -> tuple[bytes, Outcome]:
     originals = find_duplicates(weights)
-    encoded = {name: code.encode(handle, memory) for name, handle in weights.items() if name not in originals}
+    distinct = without(weights, originals)
+    shared = code.prepare(distinct)
+    memory = code.memory(shared)
+    encoded = {name: code.encode(handle, memory) for name, handle in distinct.items()}
     told = {name: [(tensor.size, tensor.choice)] for name, tensor in encoded.items()}
     structure = encode_structure(code.stream_spec(memory), len(shared), entries_of(weights, originals, told))
-    return b"".join([structure, shared, *(tensor.to_bytes() for tensor in encoded.values())])
+    stream = b"".join([structure, shared, *(tensor.to_bytes() for tensor in encoded.values())])
+    choices = tuple(tensor.choice for tensor in encoded.values() if tensor.size)
+    return stream, Outcome(8.0 * len(stream), 8.0 * len(structure), choices)
 
 
 def decode_checkpoint(data: bytes, *, given: GivenSource | None = None) -> dict[str, torch.Tensor]:
@@ -90,7 +100,7 @@ def decode_checkpoint(data: bytes, *, given: GivenSource | None = None) -> dict[
     return {name: tensor for entry, tensor in pairs for name in entry.names}
 
 
-def verify(source: Source, description: Description, *, given: GivenSource | None = None) -> None:
+def prove(source: Source, description: Description, *, given: GivenSource | None = None) -> None:
     """Prove a description of kind ``code``: encode, decode, and compare all that it says with what comes back.
 
     The stream must have the described bits; names, aliases, dtypes and shapes must come back; tensors that the code

@@ -15,7 +15,7 @@ from kcomplex.estimators.estimator import Estimator
 from kcomplex.estimators.pipeline import build_estimator
 from kcomplex.estimators.quantised import QuantisedCode
 from kcomplex.estimators.symbols import Shape
-from kcomplex.kcz.container import Container, encode_file
+from kcomplex.kcz.container import Container, encode
 from kcomplex.machine.files import refuse_overwriting
 from kcomplex.quantising.step_search import DEFAULT_ESTIMATOR, EVALUATIONS, WITHIN, Steps
 from kcomplex.quantising.step_trials import Evaluate, Progress, Trials
@@ -40,7 +40,7 @@ class SteppedTensor:
 
 @dataclass(frozen=True)
 class Quantisation:
-    """What `quantise_file` wrote, and how it was found.
+    """What `quantise` wrote, and how it was found.
 
     Attributes
     ----------
@@ -99,7 +99,7 @@ class Quantisation:
         )
 
 
-def quantise_file(
+def quantise(
     source: Source,
     path: str | os.PathLike[str],
     estimator: str | Estimator = DEFAULT_ESTIMATOR,
@@ -175,7 +175,7 @@ def quantise_file(
 
 def _written(path: str | os.PathLike[str], trials: Trials, steps: Steps) -> Quantisation:
     code = trials.code_with(steps)
-    size = encode_file(trials.source, path, code, jobs=trials.jobs)
+    size = encode(trials.source, path, code, jobs=trials.jobs)
     with Container(path) as container:
         errors = container.notes.inexact
         tensors = tuple(

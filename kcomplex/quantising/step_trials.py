@@ -13,7 +13,7 @@ import torch
 
 from kcomplex.errors import WeightsError
 from kcomplex.estimators.quantised import QuantisedCode, QuantisedTensor, finite_values, is_quantisable
-from kcomplex.kcz.container import encode_file
+from kcomplex.kcz.container import encode
 from kcomplex.machine.parallel import in_order
 from kcomplex.quantising.step_search import FINE, LossSearch, Outcome, Steps, boundary, length_probe, mean_square_probe
 from kcomplex.quantising.stepped_code import SteppedCode, with_step
@@ -161,7 +161,7 @@ class Trials:
         return float(f"{2 ** (octaves / sum(self.sizes.values())):.4g}")
 
     def _bits(self, folder: Path, steps: Steps) -> float:
-        return 8 * encode_file(self.source, folder / "trial.kcz", self.code_with(steps), jobs=self.jobs)
+        return 8 * encode(self.source, folder / "trial.kcz", self.code_with(steps), jobs=self.jobs)
 
     def _tensor_bits(self, name: str, step: float) -> float:
         code = with_step(self.code, step)

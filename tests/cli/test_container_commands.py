@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 
 from kcomplex.estimators.coder import Coder
-from kcomplex.kcz.container import encode_file
+from kcomplex.kcz.container import encode
 from kcomplex.registry import registry
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -53,7 +53,7 @@ def test_every_code_decodes_in_a_process_that_encoded_nothing(tmp_path: Path, ru
     assert {"raw", "entropy", "lin", "mix"} <= set(coders)
     specs = [*coders, "best", "best:tier=tight", "mosaic|entropy", *(f"palette|{name}" for name in coders)]
     for index, spec in enumerate(specs):
-        encode_file(original, tmp_path / f"{index}.kcz", spec)
+        encode(original, tmp_path / f"{index}.kcz", spec)
     packed = [str(tmp_path / f"{index}.kcz") for index in range(len(specs))]
     answers = run_all(
         [["decode", path, "-o", f"{path}.safetensors"] for path in packed] + [["verify", packed[-1], str(original)]]
@@ -66,7 +66,7 @@ def test_every_code_decodes_in_a_process_that_encoded_nothing(tmp_path: Path, ru
 
 def test_verify_fails_where_the_original_is_another(tmp_path: Path, run: Run, original: Path) -> None:
     packed = tmp_path / "model.kcz"
-    encode_file(original, packed, "planes|zstd")
+    encode(original, packed, "planes|zstd")
     tensors = safetensors.torch.load_file(original)
     tensors["weight"][0, 0] += 1
     safetensors.torch.save_file(tensors, original, metadata={"format": "pt", "epoch": "9"})
@@ -78,7 +78,7 @@ def test_verify_fails_where_the_original_is_another(tmp_path: Path, run: Run, or
 
 def test_bad_input_is_one_clear_error(tmp_path: Path, run_all: RunAll, original: Path) -> None:
     packed, damaged, output = tmp_path / "model.kcz", tmp_path / "damaged.kcz", str(tmp_path / "out.safetensors")
-    encode_file(original, packed, "planes|zstd")
+    encode(original, packed, "planes|zstd")
     damaged.write_bytes(packed.read_bytes()[:-100])
     cases = (
         (["decode", str(damaged), "-o", output], "truncated or corrupted"),

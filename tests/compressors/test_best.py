@@ -7,13 +7,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import kcomplex as kc
 from kcomplex.compressors.best.best import _MEMBERS, _TIERS, Best
 from kcomplex.compressors.best.race import View
 from kcomplex.errors import StreamError
 from kcomplex.estimators.code import EncodedTensor
 from kcomplex.estimators.pipeline import build_estimator
 from kcomplex.estimators.structure import TensorEntry
-from kcomplex.kcz.container import Container, encode_file
+from kcomplex.kcz.container import Container, encode
 from kcomplex.measuring.stream import decode_checkpoint, encode_checkpoint
 from kcomplex.sources.open import open_weights
 from kcomplex.weights import TensorHandle, words_of
@@ -145,8 +146,9 @@ def test_what_is_no_stream_is_refused_or_has_the_shape(data, choice, shape):
     assert math.prod(shape) == tensor.numel()
 
 
-def test_a_choice_of_another_tier_is_refused():
-    entry = TensorEntry(("w",), torch.int8, (4,), (1,), (_MEMBERS.index("lin"),))
+@pytest.mark.parametrize("choice", [len(_MEMBERS), 127, 128, 255])
+def test_a_choice_that_the_portfolio_has_not_is_refused(choice):
+    entry = TensorEntry(("w",), torch.int8, (4,), (1,), (choice,))
     with pytest.raises(StreamError, match="portfolio"):
         Best("fast").decode(entry, b"\0", Best("fast").memory())
 
@@ -196,9 +198,9 @@ def test_a_file_given_others_is_the_shorter_of_both_ways_for_each_tensor(tmp_pat
     new = {"near": old["near"] * 1.001, "far": (noise(200, 100, seed=2) * 3).round(), "same": old["same"]}
     for tier in ("fast", "tight"):
         path = tmp_path / f"{tier}.kcz"
-        size = encode_file(new, path, f"best:tier={tier}", given=old)
-        assert size < encode_file(new, tmp_path / "other.kcz", "planes|zstd", given=old)
-        assert size < encode_file(new, tmp_path / "other.kcz", f"best:tier={tier}")
+        size = encode(new, path, f"best:tier={tier}", given=old)
+        assert size < encode(new, tmp_path / "other.kcz", "planes|zstd", given=old)
+        assert size < encode(new, tmp_path / "other.kcz", f"best:tier={tier}")
         with Container(path, given=old) as container:
             for name, tensor in new.items():
                 assert torch.equal(container.tensor(name), tensor)
@@ -216,3 +218,37 @@ def test_what_is_no_relative_stream_is_refused_or_has_the_shape(data, first, sha
         except StreamError:
             continue
         assert (tensor.dtype, tensor.shape) == (dtype, shape)
+
+
+def small_tensors() -> dict[str, torch.Tensor]:
+    random = torch.Generator().manual_seed(0)
+    return {f"layers.{index}.bias": torch.randn(3, generator=random) for index in range(1000)}
+
+
+def rounded_layers() -> dict[str, torch.Tensor]:
+    random = torch.Generator().manual_seed(0)
+    return {f"{index}.weight": (torch.randn(8, 8, generator=random) / 8).round(decimals=1) for index in range(60)}
+
+
+def related_layers() -> dict[str, torch.Tensor]:
+    """Floats from which `lin` learns a little with each tensor, and wins none of the first."""
+    return {f"{index}": noise(30, 20, seed=index) * 0.1 for index in range(20)}
+
+
+@pytest.mark.parametrize("tier", ["fast", "tight"])
+@pytest.mark.parametrize("network", [small_tensors, rounded_layers, related_layers])
+def test_no_member_alone_is_shorter_on_the_whole(network, tier):
+    tensors = network()
+    best = kc.describe(tensors, Best(tier))[0].bits
+    for place in _TIERS[tier]:
+        alone = kc.describe(tensors, _MEMBERS[place])[0].bits
+        assert best <= max(1.001 * alone, alone + 8 * 16), _MEMBERS[place]
+    assert best == 8 * len(kc.encode_checkpoint(tensors, Best(tier)))
+
+
+def test_one_member_for_all_is_written_to_a_file_too(tmp_path):
+    tensors = related_layers()
+    size = kc.encode(tensors, tmp_path / "w.kcz", "best:tier=tight")
+    assert size <= kc.encode(tensors, tmp_path / "lin.kcz", "lin") + 16
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["lin.kcz", "w.kcz"]
+    kc.verify(tmp_path / "w.kcz", tensors)

@@ -12,7 +12,7 @@ from kcomplex.errors import SpecError, StreamError
 from kcomplex.estimators.coder import Quantised
 from kcomplex.estimators.pipeline import build_estimator
 from kcomplex.measuring.measure import describe
-from kcomplex.measuring.stream import decode_checkpoint, encode_checkpoint, verify
+from kcomplex.measuring.stream import decode_checkpoint, encode_checkpoint, prove
 from kcomplex.sources.open import open_weights
 
 
@@ -99,7 +99,7 @@ def test_a_shared_codebook_serves_every_dtype():
         "none": torch.zeros(0, 3),
     }
     (description,) = describe(tensors, "lloyd:k=40,shared=True|entropy")
-    verify(tensors, description)
+    prove(tensors, description)
     decoded = decode_checkpoint(encode_checkpoint(tensors, "lloyd:k=40,shared=True|entropy"))
     assert torch.equal(decoded["steps"], tensors["steps"])
 

@@ -21,7 +21,7 @@ from kcomplex.estimators.coder import Quantised
 from kcomplex.estimators.pipeline import build_estimator
 from kcomplex.estimators.structure import Reader, varint
 from kcomplex.measuring.measure import describe
-from kcomplex.measuring.stream import decode_checkpoint, encode_checkpoint, verify
+from kcomplex.measuring.stream import decode_checkpoint, encode_checkpoint, prove
 from kcomplex.motifs import nearest
 from kcomplex.motifs.blocks import blocks_of
 from kcomplex.sources.open import open_weights
@@ -237,7 +237,7 @@ def test_with_a_number_of_motifs_every_block_is_its_nearest_motif(dtype):
         "w": torch.randn(60, 31, generator=torch.Generator().manual_seed(0)).to(dtype),
         "v": torch.randn(7, generator=torch.Generator().manual_seed(1)).to(dtype),
     }
-    verify(tensors, describe(tensors, "mosaic:s=3,k=20|zstd")[0])
+    prove(tensors, describe(tensors, "mosaic:s=3,k=20|zstd")[0])
     decoded = decode_checkpoint(encode_checkpoint(tensors, "mosaic:s=3,k=20|zstd"))
     rows = blocks_of([tensor.double().numpy() for tensor in decoded.values()], 3)
     whole = rows.rows[rows.real == 3]

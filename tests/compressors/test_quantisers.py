@@ -13,7 +13,7 @@ from kcomplex.errors import SpecError, StreamError, WeightsError
 from kcomplex.estimators.coder import Quantised, Quantiser
 from kcomplex.estimators.pipeline import build_estimator
 from kcomplex.measuring.measure import describe
-from kcomplex.measuring.stream import decode_checkpoint, encode_checkpoint, verify
+from kcomplex.measuring.stream import decode_checkpoint, encode_checkpoint, prove
 from kcomplex.weights import values_of, words_of
 
 FLOATS = [
@@ -112,7 +112,7 @@ def test_what_is_decoded_is_what_the_codes_stand_for(spec, coder, dtype):
     data = encode_checkpoint(source, code)
     (description,) = describe(source, code)
     assert description.value == 8 * len(data)
-    verify(source, description)
+    prove(source, description)
     decoded = decode_checkpoint(data)
     assert torch.equal(decoded["steps"], source["steps"])
     quantiser = build_estimator(code).quantiser

@@ -22,7 +22,7 @@ from kcomplex.estimators.spec import build, spec_of, split_stages
 from kcomplex.measuring.descriptions import Descriptions
 from kcomplex.measuring.floor import tensor_floor
 from kcomplex.measuring.shuffling import shuffled_weights
-from kcomplex.measuring.stream import decode_checkpoint, encode_checkpoint, verify
+from kcomplex.measuring.stream import decode_checkpoint, encode_checkpoint, prove
 from kcomplex.registry import registry
 from kcomplex.sources.open import open_weights
 from kcomplex.weights import DTYPES, Weights, words_of
@@ -296,7 +296,7 @@ def test_a_code_is_as_long_as_it_says_and_decodes_to_what_it_says(spec):
     description = build_estimator(spec).describe(open_weights(tensors))
     stream = encode_checkpoint(tensors, spec)
     assert 8 * len(stream) == description.bits
-    verify(tensors, description)
+    prove(tensors, description)
     decoded = decode_checkpoint(stream)
     for tensor in description.tensors:
         if tensor.exact:
@@ -326,7 +326,7 @@ def test_long_tensors_are_coded_in_pieces(spec, monkeypatch):
     monkeypatch.setattr("kcomplex.estimators.symbols.PIECE_SYMBOLS", 50)
     tensors = network()
     description = build_estimator(spec).describe(open_weights(tensors))
-    verify(tensors, description)
+    prove(tensors, description)
 
 
 @pytest.mark.parametrize("spec", LONG_RUNS)

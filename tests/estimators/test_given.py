@@ -18,8 +18,8 @@ import kcomplex as kc
 from kcomplex.errors import KComplexError, SpecError, StreamError, VerificationError
 from kcomplex.estimators.differences import _unzigzag, _zigzag, ordered_words
 from kcomplex.estimators.given import given_of
-from kcomplex.kcz.container import Container, decode_file, encode_file, verify_file
-from kcomplex.measuring.stream import verify
+from kcomplex.kcz.container import Container, decode, encode, verify
+from kcomplex.measuring.stream import prove
 from kcomplex.weights import DTYPES, tensor_from_words, word_dtype, words_an_element, words_of
 
 HERE = "tests.estimators.initialisations"
@@ -72,7 +72,7 @@ def test_a_relative_code_is_as_long_as_it_says_and_gives_every_bit_back(spec: st
     assert (description.kind, description.lossless) == ("code", True)
     assert 8 * len(stream) == description.bits == math.fsum(description.parts.values())
     assert_same(kc.decode_checkpoint(stream, given=base()), later())
-    verify(later(), description, given=base())
+    prove(later(), description, given=base())
 
 
 @pytest.mark.parametrize("spec", CODES)
@@ -248,20 +248,40 @@ def test_files_go_and_come_back_given_a_file(tmp_path: Path) -> None:
     old, new, packed, back = (tmp_path / name for name in ("old.safetensors", "new.safetensors", "new.kcz", "back"))
     safetensors.torch.save_file(base(), old)
     safetensors.torch.save_file(later(), new)
-    size = encode_file(new, packed, "planes|zstd", given=old, jobs=2)
-    assert size < 0.8 * encode_file(new, tmp_path / "plain.kcz", "planes|zstd")
+    size = encode(new, packed, "planes|zstd", given=old, jobs=2)
+    assert size < 0.8 * encode(new, tmp_path / "plain.kcz", "planes|zstd")
     assert str(old).encode() not in packed.read_bytes()
-    assert verify_file(packed, new, given=old, jobs=2) == 0
-    decode_file(packed, back, given=old)
+    assert verify(packed, new, given=old, jobs=2) == 0
+    decode(packed, back, given=old)
     assert back.read_bytes() == new.read_bytes()
     with Container(packed, given=old) as container:
         assert torch.equal(container.tensor("moved"), later()["moved"])
     with pytest.raises(StreamError, match="give them for decoding"):
-        verify_file(packed)
+        verify(packed)
     with pytest.raises(StreamError, match="other weights"):
-        verify_file(packed, given=new)
+        verify(packed, given=new)
     with pytest.raises(VerificationError):
-        verify_file(packed, old, given=old)
+        verify(packed, old, given=old)
 
 
 _STREAM: list[int] = []
+
+
+class Tied(nn.Module):
+    """An output layer that shares the embedding's memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wte = nn.Embedding(200, 100)
+        self.lm_head = nn.Linear(100, 200, bias=False)
+        self.lm_head.weight = self.wte.weight
+
+
+@pytest.mark.parametrize("stored", ["wte.weight", "lm_head.weight"])
+def test_a_tied_tensor_is_given_under_any_of_its_names(tmp_path: Path, stored: str) -> None:
+    model, path = Tied(), tmp_path / "base.safetensors"
+    safetensors.torch.save_file({stored: model.wte.weight.detach()}, path)
+    for given_ in (path, model.state_dict(), model):
+        description = kc.describe(model, "lin", given=given_)[0]
+        assert description.bits < 1500
+        prove(model, description, given=given_)

@@ -29,7 +29,7 @@ from kcomplex.errors import (
 from kcomplex.estimators.code import Code
 from kcomplex.estimators.coder import Coder
 from kcomplex.kcz import index as container_index
-from kcomplex.kcz.container import Container, decode_file, encode_file, verify_file
+from kcomplex.kcz.container import Container, decode, encode, verify
 from kcomplex.kcz.index import HEAD, MAGIC
 from kcomplex.kcz.pieces import piece_count, pieces_of
 from kcomplex.registry import registry
@@ -67,7 +67,7 @@ def container_of(tensors: dict[str, torch.Tensor], spec: str) -> bytes:
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.kcz"
-        size = encode_file(tensors, path, spec)
+        size = encode(tensors, path, spec)
         data = path.read_bytes()
     assert len(data) == size
     return data
@@ -75,7 +75,7 @@ def container_of(tensors: dict[str, torch.Tensor], spec: str) -> bytes:
 
 def read_whole(path: Path) -> None:
     """Read all that a container holds."""
-    verify_file(path)
+    verify(path)
 
 
 @pytest.mark.parametrize("jobs", [1, 3])
@@ -85,14 +85,14 @@ def test_every_bit_comes_back(tmp_path: Path, spec: str, jobs: int) -> None:
     if spec.startswith("mosaic"):
         del tensors["nan"]
     path, output = tmp_path / "model.kcz", tmp_path / "model.safetensors"
-    encode_file(tensors, path, spec, jobs=jobs)
-    decode_file(path, output, jobs=jobs)
+    encode(tensors, path, spec, jobs=jobs)
+    decode(path, output, jobs=jobs)
     decoded = safetensors.torch.load_file(output)
     assert decoded.keys() == tensors.keys()
     for name, tensor in tensors.items():
         assert (decoded[name].dtype, decoded[name].shape) == (tensor.dtype, tensor.shape)
         assert words_of(decoded[name]).tobytes() == words_of(tensor).tobytes()
-    assert verify_file(path, tensors, jobs=jobs) == 0
+    assert verify(path, tensors, jobs=jobs) == 0
 
 
 @pytest.mark.parametrize("jobs", [1, 2])
@@ -107,8 +107,8 @@ def test_long_tensors_come_and_go_in_pieces(
         del tensors["nan"]
     path, output = tmp_path / "model.kcz", tmp_path / "model.safetensors"
     pieces: list[int] = []
-    encode_file(tensors, path, spec, jobs=jobs, progress=lambda piece: pieces.append(piece.elements))
-    decode_file(path, output, jobs=jobs)
+    encode(tensors, path, spec, jobs=jobs, progress=lambda piece: pieces.append(piece.elements))
+    decode(path, output, jobs=jobs)
     decoded = safetensors.torch.load_file(output)
     lossy = {"layer.weight", "layer.bias", "wide"} if spec.startswith("uniform") else set()
     with Container(path) as container:
@@ -118,10 +118,10 @@ def test_long_tensors_come_and_go_in_pieces(
             assert torch.equal(container.tensor(name), decoded[name])
     for name in tensors.keys() - lossy:
         assert words_of(decoded[name]).tobytes() == words_of(tensors[name]).tobytes()
-    verify_file(path, tensors, jobs=jobs)
+    verify(path, tensors, jobs=jobs)
     tensors["line"][999] += 1
     with pytest.raises(VerificationError, match="'line'"):
-        verify_file(path, tensors, jobs=jobs)
+        verify(path, tensors, jobs=jobs)
 
 
 @settings(max_examples=100, deadline=None)
@@ -145,9 +145,9 @@ def test_memory_is_that_of_the_pieces_in_flight(tmp_path: Path, monkeypatch: pyt
     safetensors.torch.save_file({"w": values.reshape(1 << 11, 1 << 11)}, original)
     monkeypatch.setattr("kcomplex.kcz.container._LIMIT", 1 << 16)
     for step in (
-        lambda: encode_file(original, path, "planes|zstd", jobs=jobs),
-        lambda: decode_file(path, output, jobs=jobs),
-        lambda: verify_file(path, original, jobs=jobs),
+        lambda: encode(original, path, "planes|zstd", jobs=jobs),
+        lambda: decode(path, output, jobs=jobs),
+        lambda: verify(path, original, jobs=jobs),
     ):
         tracemalloc.start()
         step()
@@ -159,7 +159,7 @@ def test_memory_is_that_of_the_pieces_in_flight(tmp_path: Path, monkeypatch: pyt
 
 def test_the_file_does_not_depend_on_the_number_of_threads(tmp_path: Path) -> None:
     for jobs in (1, 3):
-        encode_file(checkpoint(), tmp_path / f"{jobs}.kcz", "planes|zstd", jobs=jobs)
+        encode(checkpoint(), tmp_path / f"{jobs}.kcz", "planes|zstd", jobs=jobs)
     assert (tmp_path / "1.kcz").read_bytes() == (tmp_path / "3.kcz").read_bytes()
 
 
@@ -167,10 +167,10 @@ def test_a_safetensors_file_comes_back_with_metadata_and_order(tmp_path: Path) -
     original, path, output = (tmp_path / name for name in ("a.safetensors", "a.kcz", "b.safetensors"))
     tensors = noise_checkpoint() | {"bias": torch.zeros(7, dtype=torch.float16), "scalar": torch.tensor(2.5)}
     safetensors.torch.save_file(tensors, original, metadata={"format": "pt"})
-    encode_file(original, path, "planes|zstd")
-    decode_file(path, output)
+    encode(original, path, "planes|zstd")
+    decode(path, output)
     assert output.read_bytes() == original.read_bytes()
-    assert verify_file(path, original) == 0
+    assert verify(path, original) == 0
 
 
 def test_an_unusual_order_of_data_comes_back(tmp_path: Path) -> None:
@@ -185,15 +185,15 @@ def test_an_unusual_order_of_data_comes_back(tmp_path: Path) -> None:
     ).encode()
     header += b" " * (-len(header) % 8)
     original.write_bytes(len(header).to_bytes(8, "little") + header + bytes(range(16)))
-    encode_file(original, path, "raw")
-    decode_file(path, output)
+    encode(original, path, "raw")
+    decode(path, output)
     assert output.read_bytes() == original.read_bytes()
 
 
 def test_tensors_are_read_one_by_one(tmp_path: Path) -> None:
     tensors = checkpoint()
     for spec in ("planes|zstd", "lin"):
-        encode_file(tensors, tmp_path / "model.kcz", spec)
+        encode(tensors, tmp_path / "model.kcz", spec)
         with Container(tmp_path / "model.kcz") as container:
             assert container.estimator.split("|")[0].split(":")[0] in ("planes", "lin")
             for name in ("head", "counts", "embedding", "layer.bias", "counts"):
@@ -217,37 +217,37 @@ def test_a_lossy_code_tells_its_error(tmp_path: Path) -> None:
     tensors = checkpoint()
     del tensors["nan"]
     path = tmp_path / "model.kcz"
-    encode_file(tensors, path, "uniform:bits=4|entropy")
+    encode(tensors, path, "uniform:bits=4|entropy")
     (description,) = kc.describe(tensors, "uniform:bits=4|entropy")
     assert description.distortion
-    assert verify_file(path) == pytest.approx(description.distortion)
-    assert verify_file(path, tensors) == pytest.approx(description.distortion)
+    assert verify(path) == pytest.approx(description.distortion)
+    assert verify(path, tensors) == pytest.approx(description.distortion)
     tensors["layer.weight"][3, 4] += 1
     with pytest.raises(VerificationError, match=r"'layer\.weight' isn't what was encoded"):
-        verify_file(path, tensors)
+        verify(path, tensors)
 
 
 def test_verify_tells_what_differs(tmp_path: Path) -> None:
     path = tmp_path / "model.kcz"
-    encode_file(checkpoint(), path, "zstd")
+    encode(checkpoint(), path, "zstd")
     changed = checkpoint()
     changed["counts"][39, 49] += 1
     with pytest.raises(VerificationError, match="'counts' isn't what was encoded"):
-        verify_file(path, changed)
+        verify(path, changed)
     fewer = checkpoint()
     del fewer["mask"]
     with pytest.raises(VerificationError, match="other tensors"):
-        verify_file(path, fewer)
+        verify(path, fewer)
     safetensors.torch.save_file(noise_checkpoint(), tmp_path / "a.safetensors", metadata={"epoch": "1"})
-    encode_file(tmp_path / "a.safetensors", path, "zstd")
+    encode(tmp_path / "a.safetensors", path, "zstd")
     safetensors.torch.save_file(noise_checkpoint(), tmp_path / "a.safetensors", metadata={"epoch": "2"})
     with pytest.raises(VerificationError, match="other metadata"):
-        verify_file(path, tmp_path / "a.safetensors")
+        verify(path, tmp_path / "a.safetensors")
 
 
 def test_the_container_adds_little_to_the_code(tmp_path: Path) -> None:
     tensors = checkpoint()
-    size = encode_file(tensors, tmp_path / "model.kcz", "palette|entropy")
+    size = encode(tensors, tmp_path / "model.kcz", "palette|entropy")
     (description,) = kc.describe(tensors, "palette|entropy")
     overhead = size - description.bits / 8
     assert 0 < overhead <= 50 + 8 * (len(tensors) + 1)
@@ -255,19 +255,19 @@ def test_the_container_adds_little_to_the_code(tmp_path: Path) -> None:
 
 def test_a_proxy_has_no_file(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match="kind proxy"):
-        encode_file(checkpoint(), tmp_path / "model.kcz", "l2")
+        encode(checkpoint(), tmp_path / "model.kcz", "l2")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_nothing_half_written_stays(tmp_path: Path) -> None:
     path = tmp_path / "model.kcz"
     with pytest.raises(WeightsError, match="NaN"):
-        encode_file({"a": torch.ones(3), "b": torch.tensor([float("nan")])}, path, "uniform|zstd")
+        encode({"a": torch.ones(3), "b": torch.tensor([float("nan")])}, path, "uniform|zstd")
     data = bytearray(ten_kilobytes())
     data[len(data) // 3] ^= 4
     path.write_bytes(data)
     with pytest.raises(StreamError):
-        decode_file(path, tmp_path / "model.safetensors")
+        decode(path, tmp_path / "model.safetensors")
     assert list(tmp_path.iterdir()) == [path]
 
 
@@ -277,7 +277,7 @@ FIXTURES = Path(__file__).parent.parent / "fixtures" / "containers"
 @pytest.mark.parametrize("path", sorted(FIXTURES.glob("*.kcz")), ids=lambda path: path.stem)
 def test_files_written_earlier_are_read(tmp_path: Path, path: Path) -> None:
     expected = path.with_suffix(".safetensors")
-    decode_file(path, tmp_path / "back.safetensors", jobs=2)
+    decode(path, tmp_path / "back.safetensors", jobs=2)
     original = expected if expected.exists() else FIXTURES / "original.safetensors"
     assert (tmp_path / "back.safetensors").read_bytes() == original.read_bytes()
 
@@ -322,7 +322,7 @@ def test_files_of_earlier_versions_are_refused(tmp_path: Path, version: int) -> 
     data[len(MAGIC)] = version
     path.write_bytes(data)
     with pytest.raises(StreamError, match=f"of version {version}, which this kcomplex .* no longer reads"):
-        decode_file(path, output)
+        decode(path, output)
     assert not output.exists()
 
 

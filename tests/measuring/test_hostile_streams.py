@@ -15,10 +15,10 @@ from kcomplex.estimators.given import given_of
 from kcomplex.estimators.pipeline import build_decoder
 from kcomplex.estimators.structure import TensorEntry, encode_structure, varint
 from kcomplex.estimators.symbols import PIECE_SYMBOLS
-from kcomplex.kcz.container import Container, decode_file, encode_file
+from kcomplex.kcz.container import Container, decode, encode
 from kcomplex.kcz.index import HEAD, _read_notes, _trailer, digest_of
 from kcomplex.machine import limits as memory
-from kcomplex.quantising.quantisation import quantise_file
+from kcomplex.quantising.quantisation import quantise
 from kcomplex.weights import TensorHandle
 
 
@@ -60,7 +60,7 @@ def test_weights_that_changed_are_given_under_a_digest_of_their_own():
 
 def test_a_damaged_tensor_does_not_spoil_those_before_it(tmp_path):
     tensors, path = weights(), tmp_path / "w.kcz"
-    encode_file(tensors, path, "mix")
+    encode(tensors, path, "mix")
     with Container(path) as container:
         offset = next(stream.offset for stream in container._streams if stream.tensor == 1)
     data = bytearray(path.read_bytes())
@@ -74,7 +74,7 @@ def test_a_damaged_tensor_does_not_spoil_those_before_it(tmp_path):
 
 def test_tensors_are_read_while_others_are_iterated(tmp_path):
     tensors, path = weights(), tmp_path / "w.kcz"
-    encode_file(tensors, path, "mix")
+    encode(tensors, path, "mix")
     with Container(path) as container:
         for entry, _, tensor in container.pieces():
             assert torch.equal(container.tensor("a"), tensors["a"])
@@ -124,7 +124,7 @@ def test_a_constant_tensor_claims_no_more_memory_than_there_is(spec, tmp_path):
         with pytest.raises(StreamError, match="claims"):
             next(container.pieces())
     with pytest.raises(StreamError, match="claims"):
-        decode_file(path, tmp_path / "back.safetensors")
+        decode(path, tmp_path / "back.safetensors")
     assert not (tmp_path / "back.safetensors").exists()
 
 
@@ -167,7 +167,7 @@ def test_free_memory_is_what_the_system_tells(monkeypatch, tmp_path):
 
 def test_a_tensor_in_pieces_needs_hardly_more_than_itself(monkeypatch, tmp_path):
     tensor = torch.arange(1 << 24, dtype=torch.int32)
-    encode_file({"w": tensor}, tmp_path / "w.kcz", "raw")
+    encode({"w": tensor}, tmp_path / "w.kcz", "raw")
     with Container(tmp_path / "w.kcz") as container:
         monkeypatch.setattr(memory, "free_memory", lambda: tensor.nbytes * 3 // 2)
         assert torch.equal(container.tensor("w"), tensor)
@@ -204,22 +204,47 @@ def test_nothing_overwrites_what_it_is_made_of(tmp_path):
 
     plain, packed = tmp_path / "w.safetensors", tmp_path / "w.kcz"
     safetensors.torch.save_file(weights(), plain)
-    encode_file(plain, packed, "zstd")
+    encode(plain, packed, "zstd")
     before = plain.read_bytes(), packed.read_bytes()
     (tmp_path / "link").symlink_to(plain)
     for write in (
-        lambda: encode_file(plain, plain, "zstd"),
-        lambda: encode_file(plain, tmp_path / "link", "zstd"),
-        lambda: encode_file({"a": torch.ones(3)}, plain, "zstd", given=plain),
-        lambda: decode_file(packed, packed),
-        lambda: quantise_file(plain, plain, mse=1e-3),
+        lambda: encode(plain, plain, "zstd"),
+        lambda: encode(plain, tmp_path / "link", "zstd"),
+        lambda: encode({"a": torch.ones(3)}, plain, "zstd", given=plain),
+        lambda: decode(packed, packed),
+        lambda: quantise(plain, plain, mse=1e-3),
     ):
         with pytest.raises(KComplexError, match="another name"):
             write()
     assert (plain.read_bytes(), packed.read_bytes()) == before
 
 
+def test_nothing_overwrites_a_file_of_a_folder_that_it_is_made_of(tmp_path):
+    import safetensors.torch
+
+    folder = tmp_path / "model"
+    folder.mkdir()
+    plain = folder / "model.safetensors"
+    safetensors.torch.save_file(weights(), plain)
+    before = plain.read_bytes()
+    (tmp_path / "link.safetensors").symlink_to(plain)
+    (tmp_path / "hard.safetensors").hardlink_to(plain)
+    (folder / "broken").symlink_to(tmp_path / "nowhere")
+    for target in (plain, tmp_path / "link.safetensors", tmp_path / "hard.safetensors"):
+        for write in (
+            lambda target=target: encode(folder, target, "uniform:bits=2|zstd"),
+            lambda target=target: encode({"a": torch.ones(3)}, target, "zstd", given=folder),
+            lambda target=target: quantise(folder, target, mse=1e-3),
+        ):
+            with pytest.raises(KComplexError, match="would destroy what it is made of"):
+                write()
+    assert plain.read_bytes() == before
+    # A new file beside them, written twice, is nobody's source.
+    for _ in range(2):
+        encode(folder, folder / "model.kcz", "zstd")
+
+
 def test_huge_weights_have_a_squared_error_that_is_infinite_not_a_crash(tmp_path):
     huge = {"w": torch.randn(8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 1e200}
     with np.errstate(over="ignore"), pytest.raises(KComplexError):
-        quantise_file(huge, tmp_path / "w.kcz", mse=1.0)
+        quantise(huge, tmp_path / "w.kcz", mse=1.0)

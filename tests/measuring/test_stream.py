@@ -23,7 +23,7 @@ from kcomplex.estimators.structure import (
     entries_of,
     varint,
 )
-from kcomplex.measuring.stream import verify
+from kcomplex.measuring.stream import prove
 from kcomplex.sources.state_dicts import state_dict_weights
 from kcomplex.weights import DTYPES, words_of
 
@@ -67,7 +67,7 @@ def test_lossless_streams_give_every_bit_back(spec: str) -> None:
     data = kc.encode_checkpoint(tensors, spec)
     (description,) = kc.describe(tensors, spec)
     assert 8 * len(data) == description.bits
-    verify(tensors, description)
+    prove(tensors, description)
     decoded = kc.decode_checkpoint(data)
     assert decoded.keys() == tensors.keys()
     for name, tensor in tensors.items():
@@ -90,9 +90,9 @@ def test_lossy_streams_give_back_what_their_distortion_says(spec: str) -> None:
     assert description.lossless is False
     assert description.distortion == pytest.approx(error / description.weights)
     assert torch.equal(decoded["mask"], tensors["mask"])
-    verify(tensors, description)
+    prove(tensors, description)
     with pytest.raises(VerificationError, match="decoding changed"):
-        verify(tensors, replace(description, tensors=tuple(replace(t, exact=True) for t in description.tensors)))
+        prove(tensors, replace(description, tensors=tuple(replace(t, exact=True) for t in description.tensors)))
 
 
 def test_proxies_have_no_stream() -> None:

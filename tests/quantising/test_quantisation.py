@@ -7,9 +7,9 @@ import torch
 from sklearn.datasets import load_digits
 
 from kcomplex.errors import KComplexError, SourceNotFoundError, SpecError, WeightsError
-from kcomplex.kcz.container import Container, encode_file, verify_file
+from kcomplex.kcz.container import Container, encode, verify
 from kcomplex.measuring.measure import describe
-from kcomplex.quantising.quantisation import quantise_file
+from kcomplex.quantising.quantisation import quantise
 from kcomplex.sources.open import open_weights
 from kcomplex.weights import words_of
 
@@ -74,10 +74,10 @@ def digits():
 @pytest.mark.parametrize("mse", [1e-6, 1e-3])
 def test_the_error_is_as_large_as_wished_and_no_larger(tmp_path, estimator, mse):
     path = tmp_path / "model.kcz"
-    told = quantise_file(checkpoint(), path, estimator, mse=mse)
+    told = quantise(checkpoint(), path, estimator, mse=mse)
     assert 0.97 * mse <= told.distortion <= mse
     assert told.bits == 8 * path.stat().st_size
-    assert verify_file(path, checkpoint()) == told.distortion
+    assert verify(path, checkpoint()) == told.distortion
     differences = [
         torch.square(tensor.double() - decoded(path)[name].double()).sum().item()
         for name, tensor in checkpoint().items()
@@ -90,7 +90,7 @@ def test_bits_are_as_many_as_wished_and_no_more(tmp_path):
     path = tmp_path / "model.kcz"
     bits = {}
     for wished in (3.0, 5.0):
-        told = quantise_file(checkpoint(), path, "grid|entropy", bits=wished)
+        told = quantise(checkpoint(), path, "grid|entropy", bits=wished)
         assert wished - 0.05 <= told.bits_per_weight <= wished
         assert told.bits == 8 * path.stat().st_size
         bits[wished] = told.distortion
@@ -100,20 +100,20 @@ def test_bits_are_as_many_as_wished_and_no_more(tmp_path):
 def test_an_error_costs_fewer_bits_than_uniform_levels_do(tmp_path):
     tensors = {name: tensor for name, tensor in checkpoint().items() if name in ("weight", "small")}
     (uniform,) = describe(tensors, "uniform:bits=5|entropy")
-    told = quantise_file(tensors, tmp_path / "model.kcz", "grid|entropy", mse=uniform.distortion)
+    told = quantise(tensors, tmp_path / "model.kcz", "grid|entropy", mse=uniform.distortion)
     assert sum(item.bits for item in told.tensors) < 0.95 * sum(item.value for item in uniform.tensors)
 
 
 def test_the_smallest_code_within_a_loss_is_smaller_than_uniform_levels(tmp_path, digits):
     path = tmp_path / "digits.kcz"
-    told = quantise_file(digits.weights, path, evaluate=digits.loss, within=0.02)
+    told = quantise(digits.weights, path, evaluate=digits.loss, within=0.02)
     assert told.baseline == digits.loss(digits.weights)
     assert told.loss <= told.limit == pytest.approx(1.02 * told.baseline)
     assert digits.loss(decoded(path)) == told.loss
     assert told.evaluations <= 100
     uniform = tmp_path / "uniform.kcz"
     for bits in range(2, 17):
-        size = encode_file(digits.weights, uniform, f"uniform:bits={bits}|entropy")
+        size = encode(digits.weights, uniform, f"uniform:bits={bits}|entropy")
         if digits.loss(decoded(uniform)) <= told.limit:
             break
     assert told.bits < 0.8 * 8 * size
@@ -128,7 +128,7 @@ def test_the_search_is_repeatable_and_stays_within_its_evaluations(tmp_path, dig
 
     first, second = tmp_path / "first.kcz", tmp_path / "second.kcz"
     told = [
-        quantise_file(digits.weights, path, "grid|entropy", evaluate=loss, evaluations=25, jobs=jobs)
+        quantise(digits.weights, path, "grid|entropy", evaluate=loss, evaluations=25, jobs=jobs)
         for path, jobs in ((first, 1), (second, 2))
     ]
     assert told[0] == told[1]
@@ -148,7 +148,7 @@ def test_a_caller_may_change_what_it_evaluates(tmp_path):
             tensor.zero_()
         return value
 
-    told = quantise_file(tensors, path, "grid|entropy", evaluate=loss, within=0.1, evaluations=20)
+    told = quantise(tensors, path, "grid|entropy", evaluate=loss, within=0.1, evaluations=20)
     assert told.loss <= 1.1
     assert 1 + torch.square(decoded(path)["weight"] - tensors["weight"]).sum().item() == told.loss
     assert tensors["weight"].abs().sum() > 0
@@ -162,12 +162,12 @@ def test_a_loss_that_is_not_finite_counts_as_too_large(tmp_path, wrong):
         error = torch.square(state["weight"] - tensors["weight"]).mean().item()
         return wrong if error > 1e-4 else 1.0
 
-    told = quantise_file(tensors, tmp_path / "model.kcz", "grid|entropy", evaluate=loss)
+    told = quantise(tensors, tmp_path / "model.kcz", "grid|entropy", evaluate=loss)
     assert told.loss == 1.0
 
 
 def test_tensors_are_told_with_their_steps(tmp_path):
-    told = quantise_file(checkpoint(), tmp_path / "model.kcz", "grid|entropy", mse=1e-4)
+    told = quantise(checkpoint(), tmp_path / "model.kcz", "grid|entropy", mse=1e-4)
     frame = told.to_frame().set_index("tensor")
     assert list(frame.columns) == ["shape", "weights", "step", "bits", "bits_per_weight", "distortion"]
     assert frame["bits"].sum() < told.bits
@@ -179,7 +179,7 @@ def test_tensors_are_told_with_their_steps(tmp_path):
 
 def test_shared_and_whole_tensors_come_back(tmp_path):
     path = tmp_path / "model.kcz"
-    quantise_file(open_weights(checkpoint()), path, "grid|entropy", mse=1e-4)
+    quantise(open_weights(checkpoint()), path, "grid|entropy", mse=1e-4)
     back = decoded(path)
     assert back.keys() == checkpoint().keys()
     assert words_of(back["tied"]).tolist() == words_of(back["weight"]).tolist()
@@ -202,7 +202,7 @@ def test_shared_and_whole_tensors_come_back(tmp_path):
 )
 def test_senseless_wishes_are_refused(tmp_path, wishes, told):
     with pytest.raises(SpecError, match=told):
-        quantise_file(checkpoint(), tmp_path / "model.kcz", **wishes)
+        quantise(checkpoint(), tmp_path / "model.kcz", **wishes)
     assert not list(tmp_path.iterdir())
 
 
@@ -221,16 +221,16 @@ def test_senseless_wishes_are_refused(tmp_path, wishes, told):
 )
 def test_wishes_that_cant_be_met_leave_no_file(tmp_path, tensors, wishes, told):
     with pytest.raises(WeightsError, match=told):
-        quantise_file(tensors, tmp_path / "model.kcz", **wishes)
+        quantise(tensors, tmp_path / "model.kcz", **wishes)
     assert not list(tmp_path.iterdir())
 
 
 def test_what_cant_be_read_or_written_is_told(tmp_path):
     with pytest.raises(SourceNotFoundError):
-        quantise_file(tmp_path / "nothing.safetensors", tmp_path / "model.kcz", mse=1e-4)
+        quantise(tmp_path / "nothing.safetensors", tmp_path / "model.kcz", mse=1e-4)
     (tmp_path / "file").write_text("")
     with pytest.raises(KComplexError, match="can't be written"):
-        quantise_file(checkpoint(), tmp_path / "file" / "model.kcz", "grid|entropy", mse=1e-4)
+        quantise(checkpoint(), tmp_path / "file" / "model.kcz", "grid|entropy", mse=1e-4)
 
 
 def test_an_error_of_the_evaluation_passes_through(tmp_path):
@@ -238,4 +238,4 @@ def test_an_error_of_the_evaluation_passes_through(tmp_path):
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        quantise_file(checkpoint(), tmp_path / "model.kcz", evaluate=loss)
+        quantise(checkpoint(), tmp_path / "model.kcz", evaluate=loss)
