@@ -41,7 +41,7 @@ def estimators(
 
 
 def stage_kind(cls: Any) -> str:
-    """Return ``code``, ``ideal`` or ``proxy`` for an estimator, and ``transform`` or ``quantiser`` for other stages.
+    """Return ``code``, ``ideal`` or ``proxy`` for coders and estimators, ``transform`` or ``quantiser`` for other stages.
 
     Raises
     ------
@@ -49,17 +49,18 @@ def stage_kind(cls: Any) -> str:
         The class is none of these, or can't be built without options.
     """
     from kcomplex.errors import SpecError
-    from kcomplex.estimators.coder import Quantiser, Transform
+    from kcomplex.estimators.coder import Coder, Quantiser, Transform
     from kcomplex.estimators.estimator import Estimator
 
-    if not (isinstance(cls, type) and issubclass(cls, Estimator | Transform | Quantiser)):
-        raise SpecError(f"{cls!r} is no estimator, transform or quantiser")
+    if not (isinstance(cls, type) and issubclass(cls, Coder | Estimator | Transform | Quantiser)):
+        raise SpecError(f"{cls!r} is no coder, estimator, transform or quantiser")
     if issubclass(cls, Transform):
         return "transform"
     if issubclass(cls, Quantiser):
         return "quantiser"
     try:
-        return str(cls().kind)
+        built = cls()
+        return "code" if isinstance(built, Coder) else str(built.kind)
     except TypeError as error:
         raise SpecError(f"{cls.__name__} can't be built without options: {error}") from error
 

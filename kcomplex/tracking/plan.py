@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 from kcomplex.errors import SpecError
 from kcomplex.estimators.estimator import Estimator
-from kcomplex.estimators.pipeline import build_estimator
+from kcomplex.estimators.pipeline import build_estimator, build_estimators
 from kcomplex.tracking.schedule import Schedule, parse_schedule
 from kcomplex.tracking.snapshot import Selection
 from kcomplex.tracking.store import Keep
@@ -80,8 +80,7 @@ def estimator_specs(estimators: str | Estimator | Iterable[str | Estimator]) -> 
     SpecError, UnknownNameError, PluginError
         An estimator can't be built, or there is none.
     """
-    wanted = [estimators] if isinstance(estimators, str | Estimator) else estimators
-    specs = tuple(dict.fromkeys(build_estimator(item).spec for item in wanted))
+    specs = tuple(dict.fromkeys(estimator.spec for estimator in build_estimators(estimators)))
     # Only the specification reaches the measuring process: an estimator that isn't registered must fail here.
     for spec in specs:
         build_estimator(spec)

@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kcomplex.cli.estimators import stage_kind
 from kcomplex.errors import KComplexError, PluginError
 from kcomplex.estimators import pipeline
 from kcomplex.estimators.code import Code
@@ -216,6 +217,14 @@ def test_is_called_what_its_entry_point_says(name):
     assert cls.__dataclass_params__.frozen
     assert issubclass(cls, (Estimator, Coder, Transform, Quantiser))
     assert build(GROUP, name) == cls()
+
+
+@pytest.mark.parametrize("name", registry(GROUP).names())
+def test_is_listed_with_its_kind(name):
+    kind = stage_kind(loaded(name))
+    assert kind in ("code", "ideal", "proxy", "transform", "quantiser")
+    if kind in ("code", "ideal", "proxy"):
+        assert build_estimator(name).kind == kind
 
 
 @pytest.mark.parametrize("spec", SPECS)
