@@ -41,7 +41,7 @@ def estimators(
 
 
 def stage_kind(cls: Any) -> str:
-    """Return ``code``, ``ideal`` or ``proxy`` for coders and estimators, ``transform`` or ``quantiser`` for other stages.
+    """Return ``code``, ``ideal`` or ``proxy`` of coders and estimators, ``transform`` or ``quantiser`` of other stages.
 
     Raises
     ------
