@@ -2,7 +2,6 @@
 
 import math
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,8 +12,7 @@ from hypothesis import strategies as st
 from kcomplex import describe
 from kcomplex.compressors.proxies.bdm import complexity_table, count_strings
 from kcomplex.errors import WeightsError
-
-GOLDEN = Path(__file__).parents[3] / "shared" / "golden" / "bdm_ctm_b2_d12.npz"
+from tests.golden import VENDORED
 
 
 def slow_bdm(values: list[float]) -> float:
@@ -27,9 +25,8 @@ def bdm(tensors):
     return describe(tensors, "bdm")[0]
 
 
-@pytest.mark.skipif(not GOLDEN.exists(), reason="the golden arrays aren't here")
 def test_the_table_is_the_golden_one():
-    with np.load(GOLDEN) as golden:
+    with np.load(VENDORED / "bdm_ctm_b2_d12.npz") as golden:
         assert (complexity_table() == golden["ctm"]).all()
 
 

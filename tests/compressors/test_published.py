@@ -3,7 +3,6 @@
 import bz2
 import gzip
 import lzma
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,8 +11,8 @@ import torch
 from kcomplex import describe
 from kcomplex.compressors.proxies.published import Published, relative_algorithmic_compression
 from kcomplex.errors import SpecError
+from tests.golden import VENDORED
 
-GOLDEN = Path(__file__).parents[3] / "shared" / "golden" / "rac_cases.npz"
 COMPRESS = {
     "gzip": lambda data: gzip.compress(data, 9, mtime=0),
     "bz2": lambda data: bz2.compress(data, 9),
@@ -65,9 +64,8 @@ def test_an_unknown_metric_is_refused():
         Published("zip")
 
 
-@pytest.mark.skipif(not GOLDEN.exists(), reason="the golden arrays aren't here")
 def test_relative_algorithmic_compression_is_the_published_one():
-    with np.load(GOLDEN) as golden:
+    with np.load(VENDORED / "rac_cases.npz") as golden:
         cases = {key: golden[key].tolist() for key in golden.files}
     ratios = [
         relative_algorithmic_compression(weights=n, blocks=m, block_size=s, motifs=k, bits=q)

@@ -1,7 +1,5 @@
 """Blocks of weights and banks of motifs."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 from hypothesis import given
@@ -10,15 +8,7 @@ from hypothesis import strategies as st
 from kcomplex.errors import SpecError, WeightsError
 from kcomplex.motifs.blocks import blocks_of, draw_motifs, mosaic_bits, motif_count, split_rows, update_motifs
 from kcomplex.motifs.nearest import nearest, squared_distances
-
-GOLDEN = Path(__file__).resolve().parents[3] / "shared" / "golden"
-
-
-def golden(name):
-    path = GOLDEN / name
-    if not path.exists():
-        pytest.skip(f"the golden file {name} is absent")
-    return np.load(path)
+from tests.golden import VENDORED
 
 
 def test_tensors_are_padded_each_at_its_own_end():
@@ -58,7 +48,7 @@ def test_blocks_have_at_least_one_weight():
 
 
 def test_published_capacities():
-    table = golden("momos_capacity_table.npz")
+    table = np.load(VENDORED / "momos_capacity_table.npz")
     counts = [
         motif_count(float(capacity), int(blocks), reference=True)
         for capacity, blocks in zip(table["capacity"], table["m_blocks"], strict=True)
@@ -78,7 +68,7 @@ def test_capacity_is_at_least_one_motif_and_at_most_all_blocks():
 
 
 def test_relative_algorithmic_compression_is_the_published_one():
-    cases = golden("rac_cases.npz")
+    cases = np.load(VENDORED / "rac_cases.npz")
     ours = [
         n * q / mosaic_bits(int(k), int(s), int(q), int(m))
         for n, m, s, k, q in zip(*(cases[key] for key in "nmskq"), strict=True)

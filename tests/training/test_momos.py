@@ -2,7 +2,6 @@
 
 import io
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,19 +18,17 @@ from kcomplex.training.protocol.sequence import mode
 from kcomplex.training.quantising.uniform_qat import quantise_uniformly
 from kcomplex.training.sharing.momos import MoMos
 from kcomplex.training.sharing.projection import project
-
-GOLDEN = Path(__file__).resolve().parents[3] / "shared" / "golden"
+from tests.golden import golden_files
 
 
 def files_with(key):
     """Return the golden files of one layout, which has an array of this name."""
-    return [path for path in sorted(GOLDEN.glob("momos_*.npz")) if key in np.load(path).files]
+    return [path for path in golden_files("momos_*.npz") if key in np.load(path).files]
 
 
 FILES = files_with("motif_block_index")
 REPEATED = files_with("perms")
 QUANTISED = files_with("q_bits")
-needs_golden = pytest.mark.skipif(not GOLDEN.exists(), reason="the golden files are absent")
 
 
 class Holder(nn.Module):
@@ -52,7 +49,6 @@ def participants(case, key="in"):
     return [a for a, wanted in zip(inputs(case, key), case["requires_grad"], strict=True) if wanted and a.size]
 
 
-@needs_golden
 def test_golden_files_are_found():
     assert len(FILES) >= 15
 

@@ -1,5 +1,3 @@
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -10,8 +8,7 @@ from torch import nn
 
 from kcomplex.errors import SpecError
 from kcomplex.training.quantising.uniform_qat import UniformQAT, quantise_uniformly
-
-GOLDEN = Path(__file__).resolve().parents[3] / "shared" / "golden"
+from tests.golden import golden_files
 
 tensors = hnp.arrays(
     np.float32,
@@ -25,11 +22,8 @@ def distinct_bit_patterns(values: torch.Tensor) -> int:
 
 
 def golden_cases() -> list:
-    files = sorted(GOLDEN.glob("uniform_qat*.npz"))
-    if not files:
-        return [pytest.param(None, marks=pytest.mark.skip(reason=f"no golden arrays in {GOLDEN}"))]
     cases = []
-    for file in files:
+    for file in golden_files("uniform_qat*.npz"):
         with np.load(file) as arrays:
             for prefix in sorted({key.split("_")[0] for key in arrays.files if key.endswith("_w_hat")}):
                 case = {
