@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import subprocess
 import sys
 import tracemalloc
 
@@ -20,6 +19,7 @@ from kcomplex.compressors.tables.numbers import zigzag
 from kcomplex.errors import StreamError
 from kcomplex.estimators.structure import Reader, varint
 from kcomplex.weights import tensor_from_words, word_dtype, words_of
+from tests.children import run
 from tests.compressors.streams import Stream
 
 LOW_RANK = 128
@@ -270,5 +270,5 @@ def test_another_process_decodes_the_same() -> None:
         "codes = code.decode(entry, bytes.fromhex(sys.argv[1]), code.memory(b''), base)\n"
         "print(hashlib.sha256(codes.numpy().tobytes()).hexdigest())\n"
     )
-    done = subprocess.run([sys.executable, "-c", program, GOLDEN], capture_output=True, text=True, check=True)
+    done = run([sys.executable, "-c", program, GOLDEN])
     assert done.stdout.strip() == hashlib.sha256(golden_tensors()[0].numpy().tobytes()).hexdigest()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -16,6 +15,7 @@ from safetensors.torch import save_file
 
 from kcomplex.errors import KComplexError
 from kcomplex.sources.open import open_weights
+from tests.children import run
 
 TESTS = Path(__file__).parents[1]
 
@@ -89,9 +89,7 @@ if grown > 150_000:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits and measures memory the way Linux does")
 def test_nothing_is_allocated_on_the_word_of_a_header(hostile_folder: Path) -> None:
-    result = subprocess.run(
-        [sys.executable, "-c", CONFINED, str(hostile_folder)], capture_output=True, text=True, check=False, timeout=120
-    )
+    result = run([sys.executable, "-c", CONFINED, hostile_folder], check=False)
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import nn
 
 from kcomplex.tracking.tracker import Tracker, attach
 from kcomplex.tracking.worker import measure_pending
+from tests.children import PATIENCE
 
 ESTIMATORS = ("zstd", "raw")
 
@@ -48,19 +50,29 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[int],
 @pytest.fixture
 def track(model: nn.Module, optimizer: torch.optim.Optimizer, tmp_path: Path) -> Iterator[Callable[..., Tracker]]:
     """`attach`, with the measuring left to the test's own process: it needs no seconds to start."""
-    trackers: list[Tracker] = []
+    with ExitStack() as stack:
 
-    def begin(**options: Any) -> Tracker:
-        given = {
-            "model": model, "optimizer": optimizer, "run": tmp_path / "run", "every": None,
-            "estimators": ESTIMATORS, "measure": False,
-        }  # fmt: skip
-        trackers.append(attach(**{**given, **options}))
-        return trackers[-1]
+        def begin(**options: Any) -> Tracker:
+            given = {
+                "model": model, "optimizer": optimizer, "run": tmp_path / "run", "every": None,
+                "estimators": ESTIMATORS, "measure": False,
+            }  # fmt: skip
+            tracker = attach(**{**given, **options})
+            stack.callback(leave, tracker)
+            return tracker
 
-    yield begin
-    for tracker in trackers:
-        tracker.close()
+        yield begin
+
+
+def leave(tracker: Tracker) -> None:
+    """Close a tracker that a test may have left open, and end its measuring process whatever happens."""
+    try:
+        tracker.close(PATIENCE)
+    finally:
+        process = tracker._writer.process
+        if process is not None:
+            process.kill()
+            process.wait()
 
 
 @pytest.fixture

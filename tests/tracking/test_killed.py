@@ -19,14 +19,15 @@ from kcomplex.tracking.snapshot import open_snapshot
 from kcomplex.tracking.store import SNAPSHOTS, RunStore
 from kcomplex.tracking.tracker import attach
 from kcomplex.tracking.worker import measure_pending
+from tests.children import is_gone, kill_group, until
 
-PATIENCE = 180.0
 TENSORS = 4
 ESTIMATORS = ("zstd", "raw")
 
 # One process imports torch, and forks the trainings: each in a process group of its own, with its measuring process.
+# Their standard input is a pipe that ends with the test, and they with it.
 NURSERY = """
-import os, sys, time
+import ctypes, os, select, sys
 import torch
 from torch import nn
 from kcomplex.tracking import writer
@@ -41,6 +42,7 @@ def train(folder):
     model = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 8))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     tracker = attach(model, optimizer, run=folder, every=10, estimators=sys.argv[1].split("+"))
+    waiting = 0
     while True:
         optimizer.zero_grad()
         model(torch.randn(4, 8)).square().mean().backward()
@@ -51,23 +53,35 @@ def train(folder):
                 [measured] = store.connection.execute(
                     "SELECT count(*) FROM snapshots WHERE state = 'measured'"
                 ).fetchone()
+                waiting = len(store.pending())
             report.write(f"{measured}\\n")
-        time.sleep(0.01)
+        # A measuring process that hardly gets to run isn't left ever more to do.
+        if select.select([0], [], [], 0.01 * (1 + waiting))[0]:
+            os._exit(0)
 
+if sys.platform == "linux":
+    # Measuring processes that outlive their trainings are waited for here: whoever looks for them finds no zombies.
+    PR_SET_CHILD_SUBREAPER = 36
+    assert ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) == 0
 for folder in sys.argv[2:]:
     child = os.fork()
     if child == 0:
         os.setpgid(0, 0)
         train(folder)
+    # Here too: the group is there before anybody can hear of it.
+    os.setpgid(child, child)
     print(child, flush=True)
-for _ in sys.argv[2:]:
-    os.wait()
+try:
+    while True:
+        os.wait()
+except ChildProcessError:
+    pass
 """
 
 
 @dataclass
 class Training:
-    """A training that runs in a process of its own."""
+    """A training that runs in a process of its own, which leads a group with its measuring process."""
 
     run: Path
     process: int
@@ -80,28 +94,18 @@ class Training:
 
 
 @pytest.fixture
-def start(tmp_path):
-    nurseries = []
+def start(tmp_path, children):
+    def begin(name, count):
+        folders = [tmp_path / f"{name}-{index}" for index in range(count)]
+        command = [sys.executable, "-c", NURSERY, "+".join(ESTIMATORS), *folders]
+        nursery = children.start(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        trainings = []
+        for folder in folders:
+            trainings.append(Training(folder, int(nursery.stdout.readline())))
+            children.adopt(trainings[-1].process)
+        return trainings
 
-    def begin(count):
-        folders = [tmp_path / f"run{len(nurseries)}-{index}" for index in range(count)]
-        nursery = subprocess.Popen(
-            [sys.executable, "-c", NURSERY, "+".join(ESTIMATORS), *map(str, folders)], stdout=subprocess.PIPE, text=True
-        )
-        nurseries.append(nursery)
-        return [Training(folder, int(nursery.stdout.readline())) for folder in folders]
-
-    yield begin
-    for nursery in nurseries:
-        nursery.stdout.close()
-        assert nursery.wait(PATIENCE) == 0
-
-
-def until(condition):
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    return begin
 
 
 def check(training: Training) -> None:
@@ -142,10 +146,15 @@ def check_going_on(training: Training) -> None:
 
 
 def kill(training: Training, group: bool) -> None:
+    """Kill a training, with its measuring process or alone, and return when all that were killed are gone."""
     if group:
-        os.killpg(training.process, signal.SIGKILL)
+        kill_group(training.process)
     else:
         os.kill(training.process, signal.SIGKILL)
+        # The measuring process outlives the training, and does what is left.
+        until(lambda: pending(training) == 0)
+    # What is killed ends when it next gets to run, and holds its locks until then.
+    until(lambda: is_gone(training.process))
 
 
 def pending(training: Training) -> int:
@@ -157,14 +166,11 @@ def kill_and_check(trainings: list[Training], seed: int) -> None:
     generator = random.Random(seed)
     torch.manual_seed(seed)
     for index, training in enumerate(trainings):
-        until(lambda training=training: training.reported() > 0)
+        until(lambda training=training: training.reported() > 0 or is_gone(training.process))
+        assert not is_gone(training.process)
         time.sleep(generator.uniform(0, 0.2))
-        group = index % 2 == 0
-        kill(training, group)
+        kill(training, group=index % 2 == 0)
         check(training)
-        if not group:
-            # The measuring process outlives the training, and does what is left.
-            until(lambda training=training: pending(training) == 0)
         check_going_on(training)
 
 
@@ -181,7 +187,7 @@ def kill_early_and_check(trainings: list[Training], seed: int) -> None:
 
 
 def test_killed_trainings_lose_nothing_that_was_measured(start):
-    trainings = start(6)
+    trainings = start("run", 6)
     kill_early_and_check(trainings[3:], seed=0)
     kill_and_check(trainings[:3], seed=0)
 
@@ -189,6 +195,6 @@ def test_killed_trainings_lose_nothing_that_was_measured(start):
 @pytest.mark.slow
 def test_twenty_killed_trainings_lose_nothing_that_was_measured(start):
     for round_ in range(5):
-        trainings = start(8)
+        trainings = start(f"run{round_}", 8)
         kill_early_and_check(trainings[4:], seed=round_)
         kill_and_check(trainings[:4], seed=round_)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import sqlite3
-import subprocess
 import sys
 import threading
 from contextlib import closing
@@ -16,6 +15,7 @@ import kcomplex as kc
 from kcomplex.errors import RunError
 from kcomplex.tracking.database import DATABASE, connect
 from kcomplex.tracking.store import RunStore, SnapshotRow
+from tests.children import PATIENCE
 
 WRITERS, ROWS = 4, 25
 
@@ -67,12 +67,11 @@ def test_several_threads_write_at_once(store):
     check_writers(store)
 
 
-def test_several_processes_write_at_once(store):
+def test_several_processes_write_at_once(store, children):
     processes = [
-        subprocess.Popen([sys.executable, "-c", WRITE, str(store.run), str(writer), str(ROWS)])
-        for writer in range(WRITERS)
+        children.start([sys.executable, "-c", WRITE, store.run, str(writer), str(ROWS)]) for writer in range(WRITERS)
     ]
-    assert [process.wait() for process in processes] == [0] * WRITERS
+    assert [process.wait(PATIENCE) for process in processes] == [0] * WRITERS
     check_writers(store)
 
 

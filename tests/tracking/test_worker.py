@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -18,8 +17,10 @@ from kcomplex.tracking.store import RunStore
 from kcomplex.tracking.tracker import TrackingWarning
 from kcomplex.tracking.waiting import wait_for_worker
 from kcomplex.tracking.worker import measure_pending
+from tests.children import PATIENCE, run, until
 
-PATIENCE = 120.0
+# Ends when its standard input does.
+WAITING = [sys.executable, "-S", "-c", "import sys; sys.stdin.read()"]
 
 UNCLOSED = """
 import sys
@@ -34,10 +35,7 @@ for _ in range(3):
 
 
 def process_of(tracker):
-    deadline = time.monotonic() + PATIENCE
-    while tracker._writer.process is None:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    until(lambda: tracker._writer.process is not None)
     return tracker._writer.process
 
 
@@ -109,7 +107,7 @@ def test_a_measuring_process_that_cannot_start_is_an_event(track, train, monkeyp
 
 
 def test_a_program_that_ends_without_closing_keeps_its_snapshots(tmp_path):
-    subprocess.run([sys.executable, "-c", UNCLOSED, str(tmp_path / "run")], check=True)
+    run([sys.executable, "-c", UNCLOSED, tmp_path / "run"])
     assert load_configurations(tmp_path)["status"].tolist() == ["interrupted"]
     assert load_snapshots(tmp_path)["step"].tolist() == [0, 1, 2, 3]
     assert measure_pending(tmp_path / "run") == 4
@@ -153,24 +151,28 @@ def test_a_description_that_the_store_cannot_hold_is_an_event(track, monkeypatch
     assert "can't be recorded" in load_events(tracker.run)["message"].iloc[0]
 
 
-def test_waiting_ends_at_the_timeout_and_leaves_the_process_alone(track):
+def test_waiting_ends_at_the_timeout_and_leaves_the_process_alone(track, children):
     tracker = track()
-    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
-    try:
-        assert wait_for_worker(process, tracker.run, timeout=0.1) == []
-        assert process.poll() is None
-    finally:
-        process.kill()
-        process.wait()
+    process = children.start(WAITING, stdin=subprocess.PIPE)
+    assert wait_for_worker(process, tracker.run, timeout=0.1) == []
+    assert process.poll() is None
 
 
-def test_waiting_shows_a_bar_on_a_terminal(track, monkeypatch, capsys):
+def test_waiting_shows_a_bar_on_a_terminal(track, children, monkeypatch, capsys):
+    process = children.start(WAITING, stdin=subprocess.PIPE)
+    progress = waiting._progress
+
+    def shown_once(run, stack):
+        show = progress(run, stack)
+        return lambda: (show(), process.stdin.close())
+
+    monkeypatch.setattr(waiting, "_progress", shown_once)
     monkeypatch.setattr(waiting, "_PATIENCE_SECONDS", 0.0)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     monkeypatch.setenv("TERM", "xterm")
     tracker = track()
-    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(0.5)"])
-    assert wait_for_worker(process, tracker.run, timeout=None) == []
+    assert wait_for_worker(process, tracker.run, timeout=PATIENCE) == []
+    assert process.returncode == 0
     assert "measuring run" in capsys.readouterr().err
 
 

@@ -1,8 +1,8 @@
 """Modes in the loops that people have: several ranks, mixed precision, accumulated gradients, compilation."""
 
 import os
-import subprocess
 import sys
+from contextlib import ExitStack
 
 import pytest
 import torch
@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from kcomplex.training.protocol.sequence import mode
+from tests.children import until
 
 SPECS = [
     "uniform_qat:bits=3",
@@ -83,23 +84,21 @@ def batches(count: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
     return [(x, x[:, :4].argmax(1)) for x in inputs]
 
 
-def test_all_ranks_hold_the_same_weights(tmp_path):
-    command = [sys.executable, "-c", RANK]
-    ranks = [
-        subprocess.Popen(
-            [*command, str(rank), str(tmp_path / "meeting"), *SPECS[1::2]],
-            stderr=subprocess.PIPE,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-        for rank in range(2)
-    ]
-    try:
-        errors = [process.communicate(timeout=120)[1].decode() for process in ranks]
-    finally:
-        for process in ranks:
-            process.kill()
-            process.communicate()
-    assert [process.returncode for process in ranks] == [0, 0], errors
+def test_all_ranks_hold_the_same_weights(tmp_path, children):
+    command, environment = [sys.executable, "-c", RANK], {**os.environ, "OMP_NUM_THREADS": "1"}
+    told = [tmp_path / f"{rank}.txt" for rank in range(2)]
+    with ExitStack() as stack:
+        ranks = [
+            children.start(
+                [*command, str(rank), tmp_path / "meeting", *SPECS[1::2]],
+                stderr=stack.enter_context(told[rank].open("w")),
+                env=environment,
+            )
+            for rank in range(2)
+        ]
+    # A rank that fails leaves the other one waiting.
+    until(lambda: any(process.poll() for process in ranks) or all(process.poll() == 0 for process in ranks))
+    assert [process.poll() for process in ranks] == [0, 0], [path.read_text() for path in told]
 
 
 @pytest.mark.parametrize("spec", SPECS)
