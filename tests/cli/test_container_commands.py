@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ from kcomplex.estimators.coder import Coder
 from kcomplex.kcz.container import encode
 from kcomplex.registry import registry
 
-Run = Callable[..., "subprocess.CompletedProcess[str]"]
+Run = Callable[..., CompletedProcess[str]]
 RunAll = Callable[[list[list[str]]], list[tuple[int, str]]]
 
 
@@ -33,12 +33,12 @@ def original(tmp_path: Path) -> Path:
     return path
 
 
-def test_a_checkpoint_goes_and_comes_back(tmp_path: Path, run: Run, original: Path) -> None:
+def test_a_checkpoint_goes_and_comes_back(tmp_path: Path, run_installed: Run, original: Path) -> None:
     packed, unpacked = str(tmp_path / "model.kcz"), tmp_path / "back.safetensors"
-    encoded = run("encode", str(original), "-o", packed, "-e", "lin")
+    encoded = run_installed("encode", str(original), "-o", packed, "-e", "lin")
     assert encoded.returncode == 0, encoded.stderr
     assert "bits a weight" in encoded.stderr
-    decoded = run("decode", packed, "-o", str(unpacked))
+    decoded = run_installed("decode", packed, "-o", str(unpacked))
     assert decoded.returncode == 0, decoded.stderr
     assert unpacked.read_bytes() == original.read_bytes()
 

@@ -6,10 +6,10 @@ import csv
 import importlib.util
 import io
 import json
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from subprocess import CompletedProcess
 from types import ModuleType
 
 import numpy as np
@@ -19,8 +19,9 @@ import torch
 
 import kcomplex
 from kcomplex.cli.main import main
+from tests.children import run as run_child
 
-Run = Callable[..., "subprocess.CompletedProcess[str]"]
+Run = Callable[..., CompletedProcess[str]]
 TESTS = Path(__file__).parent.parent
 
 
@@ -170,14 +171,8 @@ for path in json.load(sys.stdin):
     answers[path] = [code, out.getvalue(), err.getvalue()]
 json.dump(answers, sys.stdout)
 """
-    answer = subprocess.run(
-        [sys.executable, "-c", script],
-        input=json.dumps([str(path) for path in paths]),
-        capture_output=True,
-        text=True,
-        check=True,
-        cwd=tmp_path,
-    )
+    told = json.dumps([str(path) for path in paths])
+    answer = run_child([sys.executable, "-c", script], input=told, cwd=tmp_path)
     for path, (code, out, err) in json.loads(answer.stdout).items():
         assert code == 2, (path, err)
         assert out == "", path

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
 import safetensors.torch
@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from kcomplex.cli.main import build_app
 from kcomplex.errors import KComplexError
 
-Run = Callable[..., "subprocess.CompletedProcess[str]"]
+Run = Callable[..., CompletedProcess[str]]
 
 EVALUATION = """
 import torch
