@@ -163,7 +163,9 @@ def test_a_new_resnet18_is_incompressible_to_everything_else(resnet18: nn.Module
 @pytest.mark.slow
 @pytest.mark.parametrize("spec", ["lzma", "bz2", "planes|lzma", "palette|entropy", "context", "best", "mix", "lin"])
 def test_a_new_resnet18_is_incompressible_to_the_slower_ones(resnet18: nn.Module, spec: str) -> None:
-    assert kc.describe(resnet18, spec)[0].bits_per_weight > 26
+    # The largest three matrices hold 60 % of the weights: more of what the others are.
+    [description] = kc.describe(resnet18, spec, exclude=["layer4.0.conv2*", "layer4.1*"])
+    assert description.bits_per_weight > 26
 
 
 def test_a_recipe_may_have_arguments_and_make_a_state_dict() -> None:
