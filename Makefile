@@ -2,6 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+# Each process computes in one thread, and takes a gigabyte of memory.
+PARALLEL := --numprocesses=2 --dist=worksteal
 
 .PHONY: test unit explore lint types demo bench clean
 
@@ -23,11 +25,11 @@ types: $(INSTALLED)
 
 # The same examples in every run: a failure belongs to the change that it shows on.
 unit: $(INSTALLED)
-	$(BIN)/python -m pytest --hypothesis-profile=ci
+	$(BIN)/python -m pytest $(PARALLEL) --hypothesis-profile=ci
 
 # New random examples in every run.
 explore: $(INSTALLED)
-	$(BIN)/python -m pytest --hypothesis-profile=default
+	$(BIN)/python -m pytest $(PARALLEL) --hypothesis-profile=default
 
 demo: $(INSTALLED)
 	$(BIN)/kcomplex demo
