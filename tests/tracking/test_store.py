@@ -13,6 +13,7 @@ import torch
 
 import kcomplex as kc
 from kcomplex.errors import RunError
+from kcomplex.tracking import database
 from kcomplex.tracking.database import DATABASE, connect
 from kcomplex.tracking.store import RunStore, SnapshotRow
 from tests.children import PATIENCE
@@ -93,15 +94,15 @@ def test_one_of_several_creators_wins(tmp_path):
     assert sorted(outcomes) == ["created", "refused", "refused", "refused"]
 
 
-def test_a_creator_waits_for_one_who_is_about_to_write(tmp_path):
+def test_a_creator_waits_for_one_who_is_about_to_write(tmp_path, monkeypatch):
     path = tmp_path / "run.sqlite"
-    with closing(sqlite3.connect(path, isolation_level=None, check_same_thread=False)) as other:
+    with closing(sqlite3.connect(path, isolation_level=None)) as other:
         other.execute("BEGIN IMMEDIATE")
-        timer = threading.Timer(0.1, other.rollback)
-        timer.start()
+        # The other one is done when the creator has begun to wait.
+        monkeypatch.setattr(database.time, "sleep", lambda seconds: other.rollback())
         with closing(connect(path)) as connection:
+            assert not other.in_transaction
             assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
-        timer.join()
 
 
 def test_readers_dont_wait_for_a_writer(store):
