@@ -213,12 +213,14 @@ def test_what_a_part_claims_bounds_the_memory_it_takes() -> None:
     assert len(most) < 1000
     memory = new_difference_memory().factors
     tracemalloc.start()
-    assert not read_low_rank(Reader(most), memory, (height, width)).product().any()
-    for rank in (height + 1, MOST_RANK + 1, 1 << 60):
-        with pytest.raises(StreamError, match="rank"):
-            read_low_rank(Reader(b"".join(map(varint, [rank, *[0] * 300]))), memory, (height, width))
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
+    try:
+        assert not read_low_rank(Reader(most), memory, (height, width)).product().any()
+        for rank in (height + 1, MOST_RANK + 1, 1 << 60):
+            with pytest.raises(StreamError, match="rank"):
+                read_low_rank(Reader(b"".join(map(varint, [rank, *[0] * 300]))), memory, (height, width))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
     # A few times what the matrix itself takes as float64.
     assert peak < 5 * 8 * height * width
     with pytest.raises(StreamError, match="rank"):

@@ -150,9 +150,11 @@ def test_memory_is_that_of_the_pieces_in_flight(tmp_path: Path, monkeypatch: pyt
         lambda: verify(path, original, jobs=jobs),
     ):
         tracemalloc.start()
-        step()
-        peak = tracemalloc.get_traced_memory()[1]
-        tracemalloc.stop()
+        try:
+            step()
+            peak = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
         assert peak < (4 << 20) * jobs
     assert output.read_bytes() == original.read_bytes()
 
@@ -373,15 +375,17 @@ def mutated(data: bytes, generator: random.Random) -> bytes:
 def refuse(data: bytes, path: Path, count: int, seed: int) -> None:
     generator = random.Random(seed)
     tracemalloc.start()
-    for _ in range(count):
-        changed = mutated(data, generator)
-        if changed == data:
-            continue
-        path.write_bytes(changed)
-        with pytest.raises(StreamError, match=r"model\.kcz"):
-            read_whole(path)
-    _, peak = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
+    try:
+        for _ in range(count):
+            changed = mutated(data, generator)
+            if changed == data:
+                continue
+            path.write_bytes(changed)
+            with pytest.raises(StreamError, match=r"model\.kcz"):
+                read_whole(path)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
     assert peak < 50e6
 
 
