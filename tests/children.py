@@ -54,7 +54,7 @@ class Children:
             for process in self._processes:
                 for pipe in (process.stdin, process.stdout, process.stderr):
                     _close(pipe)
-                process.wait()
+                process.wait(PATIENCE)
             for group in self._groups:
                 _tell_guard(f"-{group}")
 
