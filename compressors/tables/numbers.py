@@ -61,6 +61,6 @@ def zigzag(value: int) -> int:
     return 2 * value if value >= 0 else -2 * value - 1
 
 
-def unzigzag(code: int) -> int:
-    """Return the integer of a `zigzag` code."""
-    return code // 2 if code % 2 == 0 else -(code + 1) // 2
+def unzigzag(folded: int) -> int:
+    """Return the integer of a `zigzag`."""
+    return folded // 2 if folded % 2 == 0 else -(folded + 1) // 2

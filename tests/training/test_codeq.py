@@ -84,7 +84,7 @@ def test_the_reference_gives_the_published_values_and_gradients(case):
     np.testing.assert_allclose(weights.grad.numpy(), case["grad_w"], rtol=1e-3 if half else 1e-4, atol=1e-6)
     integers = made.integers(weights.detach())
     assert integers.bits == case["bits"]
-    np.testing.assert_array_equal(integers.codes.numpy(), case["code"])
+    np.testing.assert_array_equal(integers.symbols.numpy(), case["code"])
     if not half:
         assert float(integers.dead_zone) == pytest.approx(float(case["deadzone_width"]), rel=1e-5, abs=1e-7)
         assert float(integers.step) == pytest.approx(float(case["step"]), rel=1e-6)
@@ -144,8 +144,8 @@ def test_values_are_levels_of_the_grid(values, bits, logit, quantile):
     top = 2 ** (bits - 1) - 1
     assert quantised.shape == weights.shape
     assert torch.equal(integers.values(), quantised)
-    assert integers.codes.dtype == (torch.int8 if bits <= 8 else torch.int16)
-    assert int(integers.codes.abs().max()) <= top
+    assert integers.symbols.dtype == (torch.int8 if bits <= 8 else torch.int16)
+    assert int(integers.symbols.abs().max()) <= top
     assert quantised.contiguous().view(torch.int32).unique().numel() <= 2 * top + 1
     largest = weights.abs().max()
     if largest > 0:

@@ -208,7 +208,7 @@ def test_integers_reload_into_the_plain_module_bit_for_bit(tmp_path, per_channel
     stored = read_integers(tmp_path / "model.safetensors")
     assert set(stored) == {"conv1.weight", "layer1.conv1.weight"}
     item = stored["layer1.conv1.weight"]
-    assert (item.bits, item.codes.dtype, item.step.numel()) == (5, torch.int8, 4 if per_channel else 1)
+    assert (item.bits, item.symbols.dtype, item.step.numel()) == (5, torch.int8, 4 if per_channel else 1)
 
 
 def test_bit_operations_of_a_tied_weight_are_those_of_what_multiplies():

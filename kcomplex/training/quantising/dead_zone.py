@@ -90,13 +90,13 @@ class Grid:
         """Return where the magnitudes lie among the levels: 0 up to the shift, else in steps beyond it."""
         return rows.abs().sub_(self.shift).clamp_min_(0).div_(self.step)
 
-    def codes(self, rows: torch.Tensor) -> torch.Tensor:
-        """Return signed integers as floats; exact zeros get code 0."""
+    def symbols(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return signed integers as floats; exact zeros get symbol 0."""
         return self.positions(rows).round_().clamp_max_(self.top).mul_(rows.sign())
 
-    def values(self, codes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """Return what codes stand for."""
-        return _dequantise(codes, self.step, self.shift, dtype)
+    def values(self, symbols: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Return what symbols stand for."""
+        return _dequantise(symbols, self.step, self.shift, dtype)
 
 
 @dataclass(frozen=True)
@@ -106,11 +106,11 @@ class IntegerTensor:
     Attributes
     ----------
     bits
-        Bits a code.
+        Bits a symbol.
     dead_zone, step, shift
         Width of the zero bin, width of the others, and half their difference: of shape (), or (rows,) where every row
         of the first axis has its own, in the dtype of the arithmetic (float32 or float64).
-    codes
+    symbols
         int8 up to 8 bits, else int16; between ``-(2**(bits - 1) - 1)`` and ``2**(bits - 1) - 1``.
     dtype
         Of the weights.
@@ -120,19 +120,19 @@ class IntegerTensor:
     dead_zone: torch.Tensor
     step: torch.Tensor
     shift: torch.Tensor
-    codes: torch.Tensor
+    symbols: torch.Tensor
     dtype: torch.dtype
 
     def values(self) -> torch.Tensor:
-        """Return ``step * codes + shift * sign(codes)``: bit for bit the weights that the network computes with."""
-        rows = self.codes.to(self.step.dtype).reshape(self.step.numel(), -1)
+        """Return ``step * symbols + shift * sign(symbols)``: bit for bit the weights that the network computes with."""
+        rows = self.symbols.to(self.step.dtype).reshape(self.step.numel(), -1)
         return _dequantise(rows, self.step.reshape(-1, 1), self.shift.reshape(-1, 1), self.dtype).reshape(
-            self.codes.shape
+            self.symbols.shape
         )
 
 
-def _dequantise(codes: torch.Tensor, step: torch.Tensor, shift: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    values = (codes * step).add_(codes.sign().mul_(shift)).to(dtype)
+def _dequantise(symbols: torch.Tensor, step: torch.Tensor, shift: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    values = (symbols * step).add_(symbols.sign().mul_(shift)).to(dtype)
     # Adding zero turns -0.0 into 0.0, which would otherwise be one value more to store.
     return values.add_(0.0)
 
@@ -173,7 +173,7 @@ class DeadZoneQuantiser(HoldingQuantiser):
 
     @torch.no_grad()
     def coordinates(self, weights: torch.Tensor) -> torch.Tensor:
-        """Return codes with what lies between them: half a code at the edge of the dead zone, linear on both sides."""
+        """Return symbols with what lies between: half a symbol at the edge of the dead zone, linear on both sides."""
         grid, rows = self.grid(weights), self.scheme.rows(weights)
         size = rows.abs()
         inside = size / grid.dead_zone
@@ -183,7 +183,7 @@ class DeadZoneQuantiser(HoldingQuantiser):
 
     @torch.no_grad()
     def weights_at(self, coordinates: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-        """Return the weights at coordinates; at an integer, what the quantiser makes of that code."""
+        """Return the weights at coordinates; at an integer, what the quantiser makes of that symbol."""
         grid = self.grid(like)
         rows = coordinates.to(grid.step).reshape(len(grid.step), -1)
         size = rows.abs()
@@ -208,7 +208,7 @@ class DeadZoneQuantiser(HoldingQuantiser):
 
     @property
     def bits(self) -> int:
-        """Bits a code."""
+        """Bits a symbol."""
         scheme = self.scheme
         if self.logit_bits is None or _compiled(scheme, self.logit_bits):
             return round(_numbers(scheme, self.logit_dead_zone, self.logit_bits)[1])
@@ -228,20 +228,20 @@ class DeadZoneQuantiser(HoldingQuantiser):
         rows = self.scheme.rows(weights)
         absmax = self.grid(weights).absmax
         grid = self.scheme.grid(absmax, self.logit_dead_zone + offset, self.logit_bits)
-        return rows.numel() - int(torch.count_nonzero(grid.codes(rows)))
+        return rows.numel() - int(torch.count_nonzero(grid.symbols(rows)))
 
     @torch.no_grad()
     def integers(self, weights: torch.Tensor) -> IntegerTensor:
         """Return the integer form of the quantised weights."""
         grid = self.grid(weights)
-        codes = grid.codes(self.scheme.rows(weights)).reshape(weights.shape)
+        symbols = grid.symbols(self.scheme.rows(weights)).reshape(weights.shape)
         shape = (-1,) if self.scheme.per_channel and weights.ndim else ()
         return IntegerTensor(
             bits=int(grid.bits),
             dead_zone=grid.dead_zone.reshape(shape),
             step=grid.step.reshape(shape),
             shift=grid.shift.reshape(shape),
-            codes=codes.to(torch.int8 if grid.bits <= 8 else torch.int16),
+            symbols=symbols.to(torch.int8 if grid.bits <= 8 else torch.int16),
             dtype=weights.dtype,
         )
 
@@ -303,7 +303,7 @@ class _Quantise(torch.autograd.Function):
             grid = scheme.grid(scheme.absmax(rows) if held is None else held, logit_dead_zone, logit_bits)
             ctx.grid = grid
             ctx.save_for_backward(weights, logit_dead_zone, logit_bits)
-            return grid.values(grid.codes(rows), weights.dtype).reshape(weights.shape)
+            return grid.values(grid.symbols(rows), weights.dtype).reshape(weights.shape)
         openness, bits, ctx.derivatives = _numbers(scheme, logit_dead_zone, logit_bits)
         values = _array(scheme, weights)
         quantised, columns = np.empty_like(values), np.empty((len(values), 4), values.dtype)
@@ -349,12 +349,12 @@ def _elementary_backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor
     grid: Grid = ctx.grid
     rows = scheme.rows(weights)
     positions = grid.positions(rows)
-    codes = positions.round().clamp_max_(grid.top)
+    symbols = positions.round().clamp_max_(grid.top)
     if not scheme.reference:
         positions.clamp_max_(grid.top)
     outward = gradient.to(rows.dtype).reshape(rows.shape) * rows.sign()
-    dead = (outward * (codes == 0)).sum(1, keepdim=True) / -2
-    rounding = outward.mul_(codes.sub_(positions)).sum(1, keepdim=True)
+    dead = (outward * (symbols == 0)).sum(1, keepdim=True) / -2
+    rounding = outward.mul_(symbols.sub_(positions)).sum(1, keepdim=True)
     share = 1 / (2 * grid.top - 1)
     slope = -2 * grid.absmax * scheme.openness(logit_dead_zone)[1]
     to_dead_zone = (((1 + share) * dead - share * rounding) * slope).sum().to(logit_dead_zone.dtype)

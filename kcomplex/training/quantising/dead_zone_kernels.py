@@ -88,7 +88,7 @@ def levels(words: Any, kind: Any, held: Floats, quantile: float, openness: float
     held
         Top levels of shape (rows, 1) in place of quantiles, or an empty array.
     quantile, openness, top
-        Of the magnitudes, in [0, 1]; of the dead zone, in [0, 1]; largest code.
+        Of the magnitudes, in [0, 1]; of the dead zone, in [0, 1]; largest symbol.
     columns
         Of shape (rows, 4) and the float dtype: top level, width of the dead zone, step, shift.
     """
@@ -135,14 +135,14 @@ def quantise(weights: Floats, columns: Floats, top: float, values: Floats) -> No
         width, offset = columns[row, 2], columns[row, 3]
         for i in range(length):
             weight = weights[row, i]
-            code = (abs(weight) - offset) / width
+            symbol = (abs(weight) - offset) / width
             # In this form NaN stays NaN.
-            code = nothing if code < nothing else code
-            code = np.rint(most if code > most else code)
-            level = code * width + (offset if code > nothing else nothing)
+            symbol = nothing if symbol < nothing else symbol
+            symbol = np.rint(most if symbol > most else symbol)
+            level = symbol * width + (offset if symbol > nothing else nothing)
             level = -level if weight < nothing else level
             # Neither exact zeros nor negative ones that fell into the dead zone have a sign.
-            values[row, i] = nothing if code == nothing or weight == nothing else level
+            values[row, i] = nothing if symbol == nothing or weight == nothing else level
 
 
 @compiled
@@ -163,7 +163,7 @@ def quantise_anew(
 
 @compiled
 def slopes(weights: Floats, gradient: Floats, columns: Floats, top: float) -> tuple[float, float]:
-    """Return the gradients of the loss in the openness of the dead zone and in the largest code Q.
+    """Return the gradients of the loss in the openness of the dead zone and in the largest symbol Q.
 
     Parameters
     ----------
@@ -174,10 +174,10 @@ def slopes(weights: Floats, gradient: Floats, columns: Floats, top: float) -> tu
 
     Notes
     -----
-    With round, clamp and relu passed straight through, e = sign(code) - sign(w) and r the signed position, at most Q:
-    dw^/dd = e/2 - (code - r - e/2)/(2Q - 1), dw^/dQ = -(a - d/2)(code - r - e/2)/(Q - 1/2)^2, and dd = -2a dp.
+    With round, clamp and relu passed straight through, e = sign(symbol) - sign(w) and r the signed position, at most Q:
+    dw^/dd = e/2 - (symbol - r - e/2)/(2Q - 1), dw^/dQ = -(a - d/2)(symbol - r - e/2)/(Q - 1/2)^2, and dd = -2a dp.
     Both are sums of two terms, over the dead weights (``-g sign(w) / 2``) and over the rounding errors
-    (``g sign(w) (code - r)``).
+    (``g sign(w) (symbol - r)``).
     """
     rows, length = weights.shape
     kind = weights.dtype.type
@@ -201,11 +201,11 @@ def slopes(weights: Floats, gradient: Floats, columns: Floats, top: float) -> tu
                 position = (abs(weight) - offset) / width
                 position = nothing if position < nothing else position
                 position = most if position > most else position
-                code = np.rint(position)
+                symbol = np.rint(position)
                 sign = -one if weight < nothing else (one if weight > nothing else nothing)
                 outward = gradient[row, start + lane] * sign
-                dead[lane] = outward if code == nothing else nothing
-                rounding[lane] = outward * (code - position)
+                dead[lane] = outward if symbol == nothing else nothing
+                rounding[lane] = outward * (symbol - position)
             for lane in range(_LANES):
                 partial[0, lane] += dead[lane]
                 partial[1, lane] += rounding[lane]

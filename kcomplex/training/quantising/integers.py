@@ -1,4 +1,4 @@
-"""Integer files: a quantised network as codes and steps, which reloads into the plain module bit for bit."""
+"""Integer files: a quantised network as symbols and steps, which reloads into the plain module bit for bit."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from kcomplex.training.quantising.dead_zone import IntegerTensor
 from kcomplex.weights import DTYPES, dtype_name
 
 _FORMAT = "kcomplex integers 1"
-_PARTS = ("codes", "dead_zone", "step", "shift")
+# What a part is called in a file, and in an `IntegerTensor`.
+_PARTS = {"codes": "symbols", "dead_zone": "dead_zone", "step": "step", "shift": "shift"}
 
 
 def save_integers(path: str | os.PathLike[str], plain: nn.Module, integers: Mapping[str, IntegerTensor]) -> None:
@@ -60,7 +61,7 @@ def save_integers(path: str | os.PathLike[str], plain: nn.Module, integers: Mapp
             item = integers[name]
             if not torch.equal(item.values().cpu(), tensor.cpu()):
                 raise WeightsError(f"{name!r} isn't what its integers stand for: save what mode.convert just returned")
-            parts = {f"{name}/{part}": getattr(item, part).detach().cpu().contiguous() for part in _PARTS}
+            parts = {f"{name}/{part}": getattr(item, own).detach().cpu().contiguous() for part, own in _PARTS.items()}
             tensors |= parts
             quantised[name] = {"bits": item.bits, "dtype": dtype_name(item.dtype)}
         else:
@@ -110,7 +111,7 @@ def _parsed(
         name: _checked(
             bits=int(told["bits"]),
             dtype=DTYPES[told["dtype"]],
-            **{part: tensors.pop(f"{name}/{part}") for part in _PARTS},
+            **{own: tensors.pop(f"{name}/{part}") for part, own in _PARTS.items()},
         )
         for name, told in json.loads(metadata["quantised"]).items()
     }
@@ -120,13 +121,12 @@ def _parsed(
     return integers, tensors, aliases
 
 
-def _checked(bits: int, dtype: torch.dtype, **parts: torch.Tensor) -> IntegerTensor:
-    codes, columns = parts["codes"], [parts[part] for part in _PARTS[1:]]
-    rows = {(), codes.shape[:1]}
-    if codes.dtype not in (torch.int8, torch.int16) or not dtype.is_floating_point or not 1 <= bits <= 16:
-        raise ValueError(f"codes of {codes.dtype} with {bits} bits for {dtype}")
-    if any(tuple(column.shape) not in rows or not column.is_floating_point() for column in columns):
-        raise ValueError(f"steps of shapes {[tuple(column.shape) for column in columns]}")
-    if codes.numel() and int(codes.to(torch.int32).abs().max()) >= 1 << (bits - 1):
-        raise ValueError(f"codes beyond {bits} bits")
-    return IntegerTensor(bits=bits, dtype=dtype, **parts)
+def _checked(bits: int, dtype: torch.dtype, symbols: torch.Tensor, **columns: torch.Tensor) -> IntegerTensor:
+    rows = {(), symbols.shape[:1]}
+    if symbols.dtype not in (torch.int8, torch.int16) or not dtype.is_floating_point or not 1 <= bits <= 16:
+        raise ValueError(f"symbols of {symbols.dtype} with {bits} bits for {dtype}")
+    if any(tuple(column.shape) not in rows or not column.is_floating_point() for column in columns.values()):
+        raise ValueError(f"steps of shapes {[tuple(column.shape) for column in columns.values()]}")
+    if symbols.numel() and int(symbols.to(torch.int32).abs().max()) >= 1 << (bits - 1):
+        raise ValueError(f"symbols beyond {bits} bits")
+    return IntegerTensor(bits=bits, dtype=dtype, symbols=symbols, **columns)

@@ -106,9 +106,9 @@ class _QuantiseUniformly(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weights: torch.Tensor, bits: int, scale: torch.Tensor) -> torch.Tensor:
         top = 2 ** (bits - 1) - 1
-        codes = (weights.to(scale.dtype) / scale).round_().clamp_(-top, top)
+        symbols = (weights.to(scale.dtype) / scale).round_().clamp_(-top, top)
         # Adding zero turns -0.0 into 0.0, which would otherwise be one value more to store.
-        return codes.mul_(scale).to(weights.dtype).add_(0.0)
+        return symbols.mul_(scale).to(weights.dtype).add_(0.0)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
@@ -125,7 +125,7 @@ class UniformQuantiser(HoldingQuantiser):
 
     @property
     def bits(self) -> int:
-        """Bits a code."""
+        """Bits a symbol."""
         return self._bits
 
     def forward(self, weights: torch.Tensor) -> torch.Tensor:

@@ -76,10 +76,10 @@ class MoMos(Mode):
         blocks that fit worst. 0 leaves them where they were drawn.
     quantiser
         ``uniform_qat`` or ``codeq``: train through this quantiser at fixed precision, its scales held from one
-        projection to the next. Motifs are then made of its codes, which the whole network shares while every tensor
+        projection to the next. Motifs are then made of its symbols, which the whole network shares while every tensor
         has a scale of its own, so that a motif costs s x `bits` bits; see `kcomplex.training.sharing.mosaic_file`.
     bits
-        Bits of the quantiser's codes, 2 to 16.
+        Bits of the quantiser's symbols, 2 to 16.
     target_zeros
         Of CoDeQ; see there.
     include, exclude

@@ -31,7 +31,7 @@ def save_mosaics(path: str | os.PathLike[str], mode: Mode) -> int:
     """Write what `MoMos.convert` makes of a model; return the bits of motifs and indices.
 
     The file is a safetensors file. Of each mosaic it holds the motifs that are used, entry by entry in the q bits of a
-    code (or the bits of the weights' dtype, where nothing is quantised), and the index of every block in
+    symbol (or the bits of the weights' dtype, where nothing is quantised), and the index of every block in
     ``ceil(log2 k)`` bits, each of the two padded to whole bytes; step and shift of each quantised tensor; and every
     other tensor as it is.
 
@@ -165,8 +165,8 @@ def _restored(flat: torch.Tensor, levels: torch.Tensor | None, dtype: torch.dtyp
     if levels is None:
         return flat.to(dtype)
     step, shift = levels[:, :, None]
-    codes = flat.to(step.dtype).reshape(len(step), -1)
-    values: torch.Tensor = (codes * step).add_(codes.sign() * shift).to(dtype)
+    symbols = flat.to(step.dtype).reshape(len(step), -1)
+    values: torch.Tensor = (symbols * step).add_(symbols.sign() * shift).to(dtype)
     return values.add_(0.0)
 
 

@@ -32,7 +32,7 @@ class Mosaic:
 
 @dataclass(frozen=True)
 class Member:
-    """A parameter on a mosaic; where a quantiser stands before it, motifs are made of its codes.
+    """A parameter on a mosaic; where a quantiser stands before it, motifs are made of its symbols.
 
     Attributes
     ----------
@@ -119,7 +119,7 @@ class Group:
         return blocks_of([member.values() for member in self.members], self.block_size, [m.name for m in self.members])
 
     def exact(self, motifs: Rows) -> Rows:
-        """Return motifs that the members can hold: whole codes, or values of the widest dtype."""
+        """Return motifs that the members can hold: whole symbols, or values of the widest dtype."""
         if self.bits is not None:
             return np.rint(motifs) + 0.0
         stored: Rows = torch.from_numpy(motifs).to(self._widest).to(torch.float64).numpy()
