@@ -16,12 +16,14 @@ Result = TypeVar("Result")
 def compiled(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
     """Return a function compiled on its first call; later processes find it in a cache.
 
-    It runs without the interpreter's lock, so that threads run in parallel. Floating-point operations are neither
-    reordered nor fused (no ``fastmath``): sums, products, quotients and square roots are those of IEEE 754 on every
-    machine, which streams rely on. What libraries approximate (``exp``, ``log``) isn't, and must not decide a stream.
+    Compiled functions that it calls become a part of it: handing over a model's many arrays takes longer than what is
+    done with them. It runs without the interpreter's lock, so that threads run in parallel. Floating-point operations
+    are neither reordered nor fused (no ``fastmath``): sums, products, quotients and square roots are those of IEEE 754
+    on every machine, which streams rely on. What libraries approximate (``exp``, ``log``) isn't, and must not decide a
+    stream.
     """
-    kernel: Callable[Parameters, Result] = numba.njit(nogil=True, cache=True, error_model="numpy")(function)
-    return kernel
+    decorate = numba.njit(nogil=True, cache=True, error_model="numpy", forceinline=True)
+    return cast(Callable[Parameters, Result], decorate(function))
 
 
 def _leading_zeros(typing_context: Any, number: Any) -> Any:
