@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kcomplex.errors import StreamError
-from kcomplex.machine.compiled import compiled
+from kcomplex.machine.compiled import compiled_in_place, inlined
 
 CoderState: TypeAlias = NDArray[np.uint64]
 Bytes: TypeAlias = NDArray[np.uint8]
@@ -34,7 +34,7 @@ def start_decoding(data: Bytes) -> CoderState:
     return np.array([0, _ALL, view, 8], np.uint64)
 
 
-@compiled
+@compiled_in_place
 def code_bit(decoding: bool, state: CoderState, data: Bytes, bit: int, probability: int) -> int:
     """Return the bit that was decoded, or that was encoded.
 
@@ -60,7 +60,7 @@ def code_bit(decoding: bool, state: CoderState, data: Bytes, bit: int, probabili
     return bit
 
 
-@compiled
+@compiled_in_place
 def code_evenly(decoding: bool, state: CoderState, data: Bytes, value: int, bits: int) -> int:
     """Return an integer of up to 16 bits that was decoded, or that was encoded, all of them being equally probable."""
     low, high = state[_LOW], state[_HIGH]
@@ -79,7 +79,18 @@ def code_evenly(decoding: bool, state: CoderState, data: Bytes, value: int, bits
     return value
 
 
-@compiled
+@inlined
+def code_integer_evenly(decoding: bool, state: CoderState, data: Bytes, value: int, bits: int) -> int:
+    """Return an integer of up to 63 bits as `code_evenly` does, from the highest bits down."""
+    known = 0
+    while bits > 0:
+        taken = min(bits, 16)
+        bits -= taken
+        known = known << taken | code_evenly(decoding, state, data, (value >> bits) & ((1 << taken) - 1), taken)
+    return known
+
+
+@inlined
 def _shift(decoding: bool, state: CoderState, data: Bytes, low: np.uint64, high: np.uint64) -> None:
     """Write (or read over) the bytes on which both bounds agree."""
     while ((low ^ high) >> _U56) == _U0:

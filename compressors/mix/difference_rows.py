@@ -5,7 +5,7 @@ number, made of the given weights and of the linear prediction; it has a nearest
 number of places between them: none, the side, the number's exponent from the expected one up or down, and the bits
 below the leading one as far as they say anything. Flags tell entries that are zero and entries that are as given, where
 there are many. Laplace and normal distributions around what is expected tell the probability of each decision, which
-is mixed with adaptive ones as in `mix_integers`.
+is mixed with adaptive ones as in `integer_rows`.
 """
 
 from __future__ import annotations
@@ -16,29 +16,69 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from kcomplex.machine.compiled import compiled
+from kcomplex.machine.compiled import compiled, compiled_in_place, inlined
 
-from ..tables.logistic import Tables, mass, natural_log, natural_power, survival
-from .binary_coder import Bytes, CoderState, code_evenly
-from .bins import chance, log_bin, signed_bin
+from ..tables.logistic import mass, natural_log
+from .binary_coder import code_integer_evenly
+from .bins import BINS, log_bin, signed_bin
+from .expectations import expect_farther, expect_outside, expect_over, expect_side, expect_upper
 from .float_rows import LARGEST, Fields, worth
-from .logistic_mixing import Mixer, learning_rate, mixed_bit, new_mixer
+from .linear_prediction import Prediction, predict_rest
+from .logistic_mixing import Engine, Mixer, mixed_bit, new_mixer
+from .scales import (
+    UNIT_LIMITS,
+    Expected,
+    Scales,
+    Shares,
+    begin_row,
+    begin_row_share,
+    column_share_bin,
+    column_tilt,
+    end_row,
+    expect_share,
+    expected_scale,
+    forget_row_share,
+    learn,
+    learn_share,
+    new_shares,
+    row_share_bin,
+    row_tilt,
+)
 
-CONTEXTS = 12
-_LOWEST = -9.0
-_VALUES = 1300
-# Decisions: flags and the side, exponents by the expected one and by how far from it, the bits below by both.
-_ZERO_FLAG, _ZERO_SIGN, _SAME_FLAG, _NONE_FLAG, _SIDE, _EXPONENTS, _BITS = 0, 1, 2, 3, 4, 5, 5 + 6 * 24
-_NODES = _BITS + 8 * 8
+FIELDS = ("zero flags", "unchanged flags", "signs", "differences", "low bits")
+_ZERO, _SAME, _SIDE, _DISTANCE, _LOWER = range(5)
+
+
+class _Nodes(NamedTuple):
+    """Decisions that are told apart, or where families of them begin: exponents and bits by what is expected."""
+
+    zero_flag: int = 0
+    zero_sign: int = 1
+    same_flag: int = 2
+    none_flag: int = 3
+    side: int = 4
+    exponents: int = 5
+    bits: int = 5 + 6 * 24
+    end: int = 5 + 6 * 24 + 8 * 8
+
+
+_NODES = _Nodes()
 _SIDE_SETS = 96
+# Values of each context.
+_FLAG_BOUNDS = (1, 8, 16, 16, 256, 128, 128, BINS, 768, 768, 768, BINS)
+_NONE_BOUNDS = (1, BINS, BINS, BINS, 1024, 144, 1152, BINS, BINS, 576, 768, 1024)
+_SIDE_BOUNDS = (1, 9, 32, 32, 32, 1024, 1024, 192, 128, 108, 144, 768)
+_DISTANCE_BOUNDS = (1, BINS, BINS, BINS, 1024, 144, 1152, BINS, 192, 576, 768, 1024)
 # Numbers of places are at most 2**62; bits below the leading one are modelled at most so far down.
 _HIGHEST = 62
 _DEEPEST = 6
+# Bits that tell nothing more than that the number is in a part of its distribution as narrow as this aren't modelled.
+_NARROW = 0.03
 # Where the places are finer than the differences by so many octaves, none between them isn't worth a flag.
 _FINE = 6
-_LIMIT = 255
-ZERO, SAME, SIDE, DISTANCE, LOWER = range(5)
-FIELDS = ("zero flags", "unchanged flags", "signs", "differences", "low bits")
+_LEAST_GAP = 2.0**-1000
+# What was told of an entry: that it is a number, that it isn't as given.
+_NUMBER, _MOVED = 1, 2
 
 
 class Places(NamedTuple):
@@ -47,7 +87,7 @@ class Places(NamedTuple):
     Attributes
     ----------
     fields
-        Of a float, see `mix_floats.Fields`; with no exponent bits the places are integers, `Fields.powers` their unit.
+        Of a float, see `float_rows.Fields`; with no exponent bits the places are integers, `Fields.powers` their unit.
         A flag tells zeros where `Fields.zeros` is positive, and their sign where it is 2.
     same
         Whether a flag tells entries that are the nearest to the given number.
@@ -58,55 +98,77 @@ class Places(NamedTuple):
 
 
 class DifferenceColumns(NamedTuple):
-    """What is known of a matrix's columns and of the row above, in units of the differences (float64).
+    """What is known of a matrix's columns and of the row above, in units of the differences.
 
     Attributes
     ----------
-    scale, mean, seen, sibling
-        Of each column: running mean magnitude of the differences, of the differences, rows seen, and the scale at the
-        end of the last matrix of this width (0 if there is none).
     nonzero, moved
-        Of each column: running share of entries that aren't zero; that aren't as given.
+        How often entries aren't zero; aren't as given.
     differences
-        Current row and the one above, padded by two entries on each side.
-    flags
-        What was told of them (int64): 1 not zero, 2 not as given.
-    running
-        The matrix's scale, the scale that a row begins with, its shares of entries that aren't zero or as given.
+        float64 of shape (2, width + 4): current row and the one above, padded by two entries on each side.
+    told
+        int64 of that shape: what was told of them.
     """
 
-    scale: NDArray[np.float64]
-    mean: NDArray[np.float64]
-    seen: NDArray[np.float64]
-    sibling: NDArray[np.float64]
-    nonzero: NDArray[np.float64]
-    moved: NDArray[np.float64]
+    nonzero: Shares
+    moved: Shares
     differences: NDArray[np.float64]
-    flags: NDArray[np.int64]
-    running: NDArray[np.float64]
+    told: NDArray[np.int64]
 
 
-def new_difference_columns(width: int, scale: float, sibling: NDArray[np.float64]) -> DifferenceColumns:
-    """Return the columns of a matrix of which no row is known but its mean magnitude of differences."""
+class _Around(NamedTuple):
+    """What is known around an entry.
+
+    Attributes
+    ----------
+    known, centre
+        What is given; what is expected, the linear prediction added.
+    base, low, high
+        The place that is nearest to what is expected, and its ends.
+    octaves
+        How much finer the places are than the differences.
+    left, up
+        Differences of the entries to the left and above.
+    """
+
+    scale: Expected
+    known: float
+    centre: float
+    base: int
+    low: float
+    high: float
+    octaves: int
+    left: float
+    up: float
+    known_bin: int
+    fine_bin: int
+    part_bin: int
+    left_bin: int
+    up_bin: int
+
+
+def new_difference_columns(width: int, scale: float) -> DifferenceColumns:
+    """Return the columns of a matrix of which no row is known."""
     return DifferenceColumns(
-        scale=np.where(sibling > 0, 0.5 * scale + 0.5 * sibling, scale),
-        mean=np.zeros(width),
-        seen=np.zeros(width),
-        sibling=sibling,
-        nonzero=np.full(width, 0.5),
-        moved=np.full(width, 0.5),
+        nonzero=new_shares(width),
+        moved=new_shares(width),
         differences=np.zeros((2, width + 4)),
-        flags=np.zeros((2, width + 4), np.int64),
-        running=np.array([scale, scale, 0.5, 0.5]),
+        told=np.zeros((2, width + 4), np.int64),
     )
 
 
 def new_difference_mixer() -> Mixer:
     """Return the mixer of a stream's first differences."""
-    return new_mixer(CONTEXTS, _NODES, _VALUES, _NODES, _SIDE_SETS + 32)
+    bounds, kinds = np.tile(np.array(_DISTANCE_BOUNDS), (_NODES.end, 1)), np.full(_NODES.end, _DISTANCE)
+    bounds[_NODES.zero_flag] = bounds[_NODES.zero_sign] = bounds[_NODES.same_flag] = _FLAG_BOUNDS
+    bounds[_NODES.none_flag] = _NONE_BOUNDS
+    bounds[_NODES.side] = _SIDE_BOUNDS
+    kinds[_NODES.zero_flag], kinds[_NODES.same_flag] = _ZERO, _SAME
+    kinds[_NODES.zero_sign] = kinds[_NODES.side] = _SIDE
+    return new_mixer(bounds, kinds, _SIDE_SETS + 32)
 
 
-@compiled
+@inlined
 def number(place: int, fields: Fields) -> float:
     """Return what a place stands for, in units."""
     if fields.exponent_bits == 0:
@@ -114,7 +176,7 @@ def number(place: int, fields: Fields) -> float:
     return float(worth(place, fields) if place >= 0 else -worth(-place - 1, fields))
 
 
-@compiled
+@inlined
 def nearest(value: float, fields: Fields) -> int:
     """Return the place that is nearest to a finite number."""
     if fields.exponent_bits == 0:
@@ -124,7 +186,9 @@ def nearest(value: float, fields: Fields) -> int:
     field = exponent - 1 - fields.octave
     one = 1 << fields.mantissa_bits
     top = (1 << (fields.exponent_bits + fields.mantissa_bits)) - 1
-    if field < 1 or magnitude == 0.0:
+    if magnitude == 0.0:
+        pattern = 0
+    elif field < 1:
         pattern = int(np.floor(magnitude / fields.powers[1] * one + 0.5))
     elif field >= 1 << fields.exponent_bits:
         pattern = top
@@ -153,328 +217,359 @@ def nearest_places(numbers: NDArray[np.float64], fields: Fields) -> NDArray[np.i
     return places
 
 
-@compiled
+@inlined
 def _edge(place: int, fields: Fields) -> float:
     """Return the lower end of what is rounded to a place."""
     return 0.5 * (number(place - 1, fields) + number(place, fields))
 
 
-@compiled
-def _edge_beyond(base: int, backwards: bool, steps: int, fields: Fields) -> float:
-    """Return the nearer end of what is so many places beyond a base, on one side of it."""
-    return _edge(base - steps + 1, fields) if backwards else _edge(base + steps, fields)
-
-
-@compiled
+@compiled_in_place
 def code_difference_rows(
-    decoding: bool,
-    state: CoderState,
-    data: Bytes,
+    engine: Engine,
+    scales: Scales,
+    prediction: Prediction,
     rows: NDArray[np.int64],
-    expected: NDArray[np.float32],
-    factors: NDArray[np.float32],
-    inverses: NDArray[np.float32],
+    columns: DifferenceColumns,
     given: NDArray[np.float64],
     places: Places,
-    columns: DifferenceColumns,
-    regression: NDArray[np.float64],
-    mixer: Mixer,
-    tables: Tables,
-    spent: NDArray[np.float64],
 ) -> None:
     """Encode rows of a matrix, or fill them with what is decoded.
 
     Parameters
     ----------
+    prediction
+        Of the rows' differences from the means known beforehand, in units.
     rows
         int64 of shape (rows, width): the places.
-    expected
-        float32 of that shape, zeros: room for what linear prediction adds to the means.
-    factors, inverses
-        Linear prediction from the entries to the left, see `linear_prediction.Factors`; of size 0 for none.
     given
         float64 of that shape: finite means known beforehand, in units.
     """
-    width = rows.shape[1]
-    linear = factors.size > 0
-    fields = places.fields
-    minus = -1 if fields.zeros == 2 else 0
-    inputs = np.zeros(CONTEXTS + 4, np.int32)
-    slots = np.zeros(CONTEXTS, np.int64)
-    features = np.ones(7)
-    parametric = np.zeros(2)
-    scale, mean, seen, sibling = columns.scale, columns.mean, columns.seen, columns.sibling
-    nonzero, moved = columns.nonzero, columns.moved
-    current, above = columns.differences[0], columns.differences[1]
-    flags, flags_above = columns.flags[0], columns.flags[1]
-    whole, start = columns.running[0], columns.running[1]
-    row_nonzero, row_moved = columns.running[2], columns.running[3]
-    for i in range(rows.shape[0]):
-        row, row_seen, row_mean, last8 = start, 4.0, 0.0, start
-        row_nonzero = 0.5 * row_nonzero + 0.5 * columns.running[2]
-        row_moved = 0.5 * row_moved + 0.5 * columns.running[3]
-        rate = learning_rate(mixer)
-        for j in range(width):
-            place = rows[i, j]
-            known = given[i, j]
-            centre = known + float(expected[i, j])
-            left, second, up = current[j + 1], current[j], above[j + 2]
-            neighbours = (2.0 * abs(left) + abs(second) + 2.0 * abs(up) + abs(above[j + 1]) + abs(above[j + 3])) / 7.0
-            features[1] = natural_log(row + 1e-3, tables.log)
-            features[2] = natural_log(scale[j] + 1e-3, tables.log)
-            features[3] = natural_log(last8 + 1e-3, tables.log)
-            features[4] = natural_log(neighbours + 1e-2, tables.log)
-            features[5] = natural_log(whole + 1e-3, tables.log)
-            features[6] = natural_log(sibling[j] + 1e-3, tables.log) if sibling[j] > 0.0 else features[5]
-            log_scale = 0.0
-            for k in range(7):
-                log_scale += regression[k] * features[k]
-            log_scale = min(max(log_scale, -9.2), 8.0)
-            s = natural_power(log_scale, tables.exp)
-            per_scale = 1.0 / s
-            scale_bin = log_bin(log_scale, 8.0, _LOWEST)
-            row_bin = log_bin(features[1], 6.0, _LOWEST)
-            column_bin = log_bin(features[2], 6.0, _LOWEST)
-            neighbour_bin = log_bin(features[4], 4.0, _LOWEST)
-            known_bin = log_bin(natural_log(abs(known) * 0.125 + 1e-3, tables.log), 3.0, _LOWEST)
-            near_left = int(min(abs(left) * per_scale * 3.0, 11.0))
-            near_up = int(min(abs(up) * per_scale * 3.0, 11.0))
-            base = nearest(centre, fields)
-            low, high = _edge(base, fields), _edge(base + 1, fields)
-            fineness = log_scale - natural_log(high - low, tables.log)
-            fine_bin = log_bin(fineness, 4.0, -6.0)
-            octaves = min(max(int(np.floor(fineness * 1.4426950408889634)), 0), _HIGHEST - 2)
-            part_bin = min(max(int((centre - low) / (high - low) * 16.0), 0), 15)
-            slots[0] = 0
-            told, coded, beyond = 3, False, 0
-            if fields.zeros > 0:
-                near = (flags[j + 1] & 1) + 2 * (flags_above[j + 2] & 1) + 4 * (flags[j] & 1)
-                row_share = log_bin(natural_log(row_nonzero + 1e-3, tables.log), 3.0, _LOWEST) // 2
-                column_share = log_bin(natural_log(nonzero[j] + 1e-3, tables.log), 3.0, _LOWEST) // 2
-                parametric[0] = min(max(0.5 * (nonzero[j] + row_nonzero), 0.0005), 0.9995)
-                parametric[1] = min(max(nonzero[j] * row_nonzero / (columns.running[2] + 1e-4), 0.0005), 0.9995)
-                slots[1] = near
-                slots[2] = row_share
-                slots[3] = column_share
-                slots[4] = row_share * 16 + column_share
-                slots[5] = near * 16 + column_share
-                slots[6] = near * 16 + row_share
-                slots[7] = known_bin
-                slots[8] = known_bin * 8 + near
-                slots[9] = (known_bin // 2) * 16 + row_share
-                slots[10] = (known_bin // 2) * 16 + column_share
-                slots[11] = scale_bin
-                bit = mixed_bit(
-                    decoding, state, data, 0 if place == 0 or place == minus else 1, parametric, _ZERO_FLAG, slots,
-                    known_bin, _ZERO_FLAG, near, rate, _LIMIT, inputs, mixer, tables, spent, ZERO,
-                )  # fmt: skip
-                row_nonzero += (float(bit) - row_nonzero) * 0.02
-                nonzero[j] += (float(bit) - nonzero[j]) * 0.02
-                columns.running[2] += (float(bit) - columns.running[2]) * 0.0005
-                if bit == 0:
-                    told, coded = 2, True
-                    if fields.zeros == 2:
-                        parametric[0] = parametric[1] = 0.5
-                        near = 1 if known < 0.0 else 0
-                        slots[1:] = near
-                        place = -mixed_bit(
-                            decoding, state, data, 1 if place == minus else 0, parametric, _ZERO_SIGN, slots, near,
-                            _ZERO_SIGN, near, rate, _LIMIT, inputs, mixer, tables, spent, SIDE,
-                        )  # fmt: skip
-                    else:
-                        place = 0
-            unmoved = base
-            if places.same and not coded:
-                unmoved = nearest(known, fields)
-                near = (flags[j + 1] >> 1) + 2 * (flags_above[j + 2] >> 1) + 4 * (flags[j] >> 1)
-                row_share = log_bin(natural_log(row_moved + 1e-3, tables.log), 3.0, _LOWEST) // 2
-                column_share = log_bin(natural_log(moved[j] + 1e-3, tables.log), 3.0, _LOWEST) // 2
-                parametric[0] = min(max(0.5 * (moved[j] + row_moved), 0.0005), 0.9995)
-                parametric[1] = 1.0 - mass(
-                    (_edge(unmoved, fields) - centre) * per_scale, (_edge(unmoved + 1, fields) - centre) * per_scale,
-                    tables.laplace,
-                )  # fmt: skip
-                slots[1] = near
-                slots[2] = row_share
-                slots[3] = column_share
-                slots[4] = row_share * 16 + column_share
-                slots[5] = near * 16 + column_share
-                slots[6] = near * 16 + row_share
-                slots[7] = fine_bin
-                slots[8] = fine_bin * 8 + near
-                slots[9] = (fine_bin // 2) * 16 + row_share
-                slots[10] = (fine_bin // 2) * 16 + column_share
-                slots[11] = known_bin
-                bit = mixed_bit(
-                    decoding, state, data, 0 if place == unmoved else 1, parametric, _SAME_FLAG, slots, fine_bin,
-                    _SAME_FLAG, near, rate, _LIMIT, inputs, mixer, tables, spent, SAME,
-                )  # fmt: skip
-                row_moved += (float(bit) - row_moved) * 0.02
-                moved[j] += (float(bit) - moved[j]) * 0.02
-                columns.running[3] += (float(bit) - columns.running[3]) * 0.0005
-                if bit == 0:
-                    told, coded, place = 1, True, unmoved
-            if not coded:
-                for which in range(2):
-                    table = tables.laplace if which == 0 else tables.normal
-                    parametric[which] = 1.0 - mass((low - centre) * per_scale, (high - centre) * per_scale, table)
-                slots[1] = scale_bin
-                slots[2] = row_bin
-                slots[3] = column_bin
-                slots[4] = (row_bin // 3) * 32 + column_bin // 3
-                slots[5] = near_left * 12 + near_up
-                slots[6] = fine_bin * 12 + part_bin // 2
-                slots[7] = fine_bin
-                slots[8] = known_bin
-                slots[9] = (scale_bin // 2) * 12 + near_left
-                slots[10] = (fine_bin // 2) * 16 + part_bin
-                slots[11] = (fine_bin // 3) * 32 + neighbour_bin // 3
-                if places.same and unmoved == base:
-                    beyond = 1
-                elif octaves < _FINE:
-                    beyond = 1
-                    bit = mixed_bit(
-                        decoding, state, data, 0 if place == base else 1, parametric, _NONE_FLAG, slots, fine_bin,
-                        _NONE_FLAG, fine_bin, rate, _LIMIT, inputs, mixer, tables, spent, DISTANCE,
-                    )  # fmt: skip
-                    if bit == 0:
-                        coded, place = True, base
-            if not coded:
-                column_tilt = signed_bin(mean[j] / (scale[j] + 1e-6), 8.0)
-                row_tilt = signed_bin(row_mean / (row + 1e-6), 8.0)
-                tilt = signed_bin((centre - known) * per_scale, 6.0)
-                near_signs = (0 if left == 0.0 else (1 if left < 0.0 else 2)) * 3 + (
-                    0 if up == 0.0 else (1 if up < 0.0 else 2)
-                )
-                grown = known_bin * 2 + (1 if known < 0.0 else 0)
-                for which in range(2):
-                    table = tables.laplace if which == 0 else tables.normal
-                    under = survival((centre - low) * per_scale, table)
-                    over = survival((high - centre) * per_scale, table) if beyond else 1.0 - under
-                    parametric[which] = chance(under, under + over)
-                slots[1] = near_signs
-                slots[2] = column_tilt
-                slots[3] = row_tilt
-                slots[4] = tilt
-                slots[5] = column_tilt * 32 + row_tilt
-                slots[6] = tilt * 32 + column_tilt
-                slots[7] = grown
-                slots[8] = part_bin * 8 + min(octaves, 7)
-                slots[9] = near_signs * 12 + near_left
-                slots[10] = near_signs * 16 + part_bin
-                slots[11] = (grown // 4) * 16 + part_bin
-                side = mixed_bit(
-                    decoding, state, data, 1 if place < base else 0, parametric, _SIDE, slots, part_bin, _SIDE,
-                    _SIDE_SETS + part_bin, rate, _LIMIT, inputs, mixer, tables, spent, SIDE,
-                )  # fmt: skip
-                backwards = side == 1
-                first = base - 1 if backwards else base + beyond
-                count = (first - place if backwards else place - first) + 1
-                toward = -1.0 if backwards else 1.0
-                family = min(octaves, 5)
-                begin = octaves if octaves >= 2 else 1
-                slots[1] = scale_bin
-                slots[2] = row_bin
-                slots[3] = column_bin
-                slots[4] = (row_bin // 3) * 32 + column_bin // 3
-                slots[5] = near_left * 12 + near_up
-                slots[6] = fine_bin * 12 + (15 - part_bin if backwards else part_bin) // 2
-                slots[7] = fine_bin
-                slots[8] = grown if not backwards else grown ^ 1
-                slots[9] = (scale_bin // 2) * 12 + near_left
-                slots[10] = (scale_bin // 4) * 32 + (31 - tilt if backwards else tilt)
-                slots[11] = (fine_bin // 3) * 32 + neighbour_bin // 3
-                exponent, floor, ceiling = begin, 0, -1
-                while True:
-                    lower = (_edge_beyond(first, backwards, (1 << floor) - 1, fields) - centre) * toward * per_scale
-                    middle = (_edge_beyond(first, backwards, (1 << exponent) - 1, fields) - centre) * toward * per_scale
-                    for which in range(2):
-                        table = tables.laplace if which == 0 else tables.normal
-                        if ceiling < 0:
-                            parametric[which] = chance(survival(middle, table), survival(lower, table))
-                        else:
-                            upper = (
-                                (_edge_beyond(first, backwards, (1 << ceiling) - 1, fields) - centre)
-                                * toward * per_scale
-                            )  # fmt: skip
-                            parametric[which] = chance(mass(middle, upper, table), mass(lower, upper, table))
-                    node = _EXPONENTS + family * 24 + min(max(exponent - begin + 12, 0), 23)
-                    bit = mixed_bit(
-                        decoding, state, data, 1 if count >= 1 << exponent else 0, parametric, node, slots, fine_bin,
-                        node, fine_bin, rate, _LIMIT, inputs, mixer, tables, spent, DISTANCE,
-                    )  # fmt: skip
-                    if bit:
-                        floor = exponent
-                        if ceiling >= 0 or exponent == _HIGHEST:
-                            break
-                        exponent += 1
-                    else:
-                        ceiling = exponent
-                        if exponent == floor + 1 or exponent - 1 <= 0:
-                            break
-                        exponent -= 1
-                reached = 1 << floor
-                below = floor
-                prefix = 1
-                apart = min(max(floor - begin + 3, 0), 7)
-                while below > 0 and floor - below < _DEEPEST:
-                    half = 1 << (below - 1)
-                    lower = (_edge_beyond(first, backwards, reached - 1, fields) - centre) * toward * per_scale
-                    middle = (_edge_beyond(first, backwards, reached + half - 1, fields) - centre) * toward * per_scale
-                    upper = (
-                        (_edge_beyond(first, backwards, reached + 2 * half - 1, fields) - centre) * toward * per_scale
-                    )
-                    if upper - lower < 0.03:
-                        break
-                    for which in range(2):
-                        table = tables.laplace if which == 0 else tables.normal
-                        parametric[which] = chance(mass(middle, upper, table), mass(lower, upper, table))
-                    node = _BITS + apart * 8 + min(prefix, 7)
-                    bit = mixed_bit(
-                        decoding, state, data, 1 if (count - reached) & half else 0, parametric, node, slots, fine_bin,
-                        node, fine_bin, rate, _LIMIT, inputs, mixer, tables, spent, DISTANCE,
-                    )  # fmt: skip
-                    if bit:
-                        reached += half
-                    prefix = 2 * prefix + bit
-                    below -= 1
-                spent[LOWER] += below
-                while below > 0:
-                    taken = min(below, 16)
-                    below -= taken
-                    piece = code_evenly(decoding, state, data, ((count - reached) >> below) & ((1 << taken) - 1), taken)
-                    reached += piece << below
-                if decoding:
-                    place = first - (reached - 1) if backwards else first + (reached - 1)
-            if decoding:
-                rows[i, j] = place
-            value = number(place, fields) if told & 1 else centre
-            off = min(max(value - centre, -LARGEST), LARGEST)
-            difference = min(max(value - known, -LARGEST), LARGEST)
-            if linear:
-                step = np.float32(off) * inverses[j]
-                from_column = j - j % factors.shape[1]
-                for k in range(j + 1, min(from_column + factors.shape[1], width)):
-                    expected[i, k] += factors[j, k - from_column] * step
-            size = abs(off)
-            if told & 1:
-                error = min(size * per_scale - 1.0, 3.0)
-                for k in range(7):
-                    regression[k] += 0.0008 * error * features[k] / (1.0 + abs(features[k]))
-                row_seen += 1.0
-                weight = 1.0 / row_seen if row_seen < 200.0 else 0.005
-                row += (size - row) * weight
-                row_mean += (difference - row_mean) * weight
-                seen[j] += 1.0
-                weight = 1.0 / (seen[j] + 2.0) if seen[j] < 120.0 else 0.008
-                scale[j] += (size - scale[j]) * weight
-                mean[j] += (difference - mean[j]) * weight
-                last8 += (size - last8) * 0.08
-                whole += (size - whole) * 0.0005
-            current[j + 2] = off
-            flags[j + 2] = told
-        start = 0.5 * whole + 0.5 * row
-        for j in range(width + 4):
-            above[j] = current[j]
-            flags_above[j] = flags[j]
-    columns.running[0], columns.running[1] = whole, start
+    width, fields = rows.shape[1], places.fields
+    forget_row_share(columns.nonzero)
+    forget_row_share(columns.moved)
+    for row in range(rows.shape[0]):
+        begin_row(engine, scales)
+        begin_row_share(columns.nonzero)
+        begin_row_share(columns.moved)
+        for column in range(width):
+            known = given[row, column]
+            centre = known + float(prediction.expected[row, column])
+            around = _look_around(engine, scales, known, centre, columns, column, fields)
+            place, told = _code_place(engine, scales, rows[row, column], around, columns, column, places)
+            rows[row, column] = place
+            value = number(place, fields) if told & _NUMBER else centre
+            off = _cut_off(value - centre)
+            predict_rest(prediction, row, column, off)
+            if told & _NUMBER:
+                learn(scales, column, _cut_off(value - known), abs(off), around.scale.per_scale)
+            columns.differences[0, column + 2] = off
+            columns.told[0, column + 2] = told
+        end_row(scales)
+        for place in range(width + 4):
+            columns.differences[1, place] = columns.differences[0, place]
+            columns.told[1, place] = columns.told[0, place]
+
+
+@inlined
+def _cut_off(difference: float) -> float:
+    return min(max(difference, -LARGEST), LARGEST)
+
+
+@inlined
+def _look_around(
+    engine: Engine,
+    scales: Scales,
+    known: float,
+    centre: float,
+    columns: DifferenceColumns,
+    column: int,
+    fields: Fields,
+) -> _Around:
+    differences, log = columns.differences, engine.tables.log
+    left, up = differences[0, column + 1], differences[1, column + 2]
+    neighbours = (
+        2.0 * abs(left)
+        + abs(differences[0, column])
+        + 2.0 * abs(up)
+        + abs(differences[1, column + 1])
+        + abs(differences[1, column + 3])
+    ) / 7.0
+    scale = expected_scale(engine, scales, column, neighbours, UNIT_LIMITS)
+    base = nearest(centre, fields)
+    low, high = _edge(base, fields), _edge(base + 1, fields)
+    # Beyond the range of float64, places are worth the same.
+    gap = max(high - low, _LEAST_GAP)
+    fineness = scale.log - natural_log(gap, log)
+    return _Around(
+        scale,
+        known,
+        centre,
+        base,
+        low,
+        high,
+        min(max(int(np.floor(fineness * 1.4426950408889634)), 0), _HIGHEST - 2),
+        left,
+        up,
+        log_bin(natural_log(abs(known) * 0.125 + 1e-3, log), 3.0, UNIT_LIMITS.octave),
+        log_bin(fineness, 4.0, -6.0),
+        min(max(int((centre - low) / gap * 16.0), 0), 15),
+        int(min(abs(left) * scale.per_scale * 3.0, 11.0)),
+        int(min(abs(up) * scale.per_scale * 3.0, 11.0)),
+    )
+
+
+@inlined
+def _code_place(
+    engine: Engine,
+    scales: Scales,
+    place: int,
+    around: _Around,
+    columns: DifferenceColumns,
+    column: int,
+    places: Places,
+) -> tuple[int, int]:
+    """Return the place, and what was told of it."""
+    unmoved = around.base
+    if places.fields.zeros > 0:
+        minus = -1 if places.fields.zeros == 2 else 0
+        if _code_zero_flag(engine, 0 if place == 0 or place == minus else 1, around, columns, column) == 0:
+            return (-_code_zero_sign(engine, 1 if place == minus else 0, around) if minus else 0), _MOVED
+    if places.same:
+        unmoved = nearest(around.known, places.fields)
+        if _code_same_flag(engine, 0 if place == unmoved else 1, unmoved, around, columns, column, places.fields) == 0:
+            return unmoved, _NUMBER
+    # Whether the base is out of the question.
+    beyond = places.same and unmoved == around.base
+    if not beyond and around.octaves < _FINE:
+        beyond = True
+        if _code_none_flag(engine, 0 if place == around.base else 1, around) == 0:
+            return around.base, _NUMBER | _MOVED
+    backwards = _code_side(engine, scales, 1 if place < around.base else 0, around, columns, column, beyond)
+    toward = -1 if backwards else 1
+    first = around.base + (toward if backwards or beyond else 0)
+    _tell_distances(engine, around, backwards)
+    count = _code_distance(engine, toward * (place - first) + 1, around, first, toward, places.fields)
+    return first + toward * (count - 1), _NUMBER | _MOVED
+
+
+@inlined
+def _near_flags(columns: DifferenceColumns, column: int, which: int) -> int:
+    """Return what was told of the entries to the left, above, and left of that to the left."""
+    told, shift = columns.told, which >> 1
+    left, up, second = told[0, column + 1] & which, told[1, column + 2] & which, told[0, column] & which
+    return int((left + 2 * up + 4 * second) >> shift)
+
+
+@inlined
+def _tell_flags(engine: Engine, near: int, shares: Shares, column: int, bin: int) -> None:
+    """Tell most contexts of a flag: what was told of entries near it, shares of row and column, and one more."""
+    slots = engine.slots
+    row_share = row_share_bin(engine, shares, UNIT_LIMITS.octave) // 2
+    column_share = column_share_bin(engine, shares, column, UNIT_LIMITS.octave) // 2
+    slots[1] = near
+    slots[2] = row_share
+    slots[3] = column_share
+    slots[4] = row_share * 16 + column_share
+    slots[5] = near * 16 + column_share
+    slots[6] = near * 16 + row_share
+    slots[7] = bin
+    slots[8] = bin * 8 + near
+    slots[9] = (bin // 2) * 16 + row_share
+    slots[10] = (bin // 2) * 16 + column_share
+
+
+@inlined
+def _code_zero_flag(engine: Engine, flag: int, around: _Around, columns: DifferenceColumns, column: int) -> int:
+    """Return 0 for a zero."""
+    near = _near_flags(columns, column, _NUMBER)
+    expect_share(engine, columns.nonzero, column)
+    _tell_flags(engine, near, columns.nonzero, column, around.known_bin)
+    engine.slots[11] = around.scale.bin
+    flag = mixed_bit(engine, flag, _NODES.zero_flag, around.known_bin, near)
+    learn_share(columns.nonzero, column, flag)
+    return flag
+
+
+@inlined
+def _code_zero_sign(engine: Engine, negative: int, around: _Around) -> int:
+    """Return 1 for a negative zero."""
+    near = 1 if around.known < 0.0 else 0
+    engine.parametric[0] = engine.parametric[1] = 0.5
+    engine.slots[1:] = near
+    return mixed_bit(engine, negative, _NODES.zero_sign, near, near)
+
+
+@inlined
+def _code_same_flag(
+    engine: Engine,
+    flag: int,
+    unmoved: int,
+    around: _Around,
+    columns: DifferenceColumns,
+    column: int,
+    fields: Fields,
+) -> int:
+    """Return 0 for an entry that is as given."""
+    near = _near_flags(columns, column, _MOVED)
+    expect_share(engine, columns.moved, column)
+    low, high = _edge(unmoved, fields) - around.centre, _edge(unmoved + 1, fields) - around.centre
+    per_scale = around.scale.per_scale
+    engine.parametric[1] = 1.0 - mass(low * per_scale, high * per_scale, engine.tables.laplace)
+    _tell_flags(engine, near, columns.moved, column, around.fine_bin)
+    engine.slots[11] = around.known_bin
+    flag = mixed_bit(engine, flag, _NODES.same_flag, around.fine_bin, near)
+    learn_share(columns.moved, column, flag)
+    return flag
+
+
+@inlined
+def _code_none_flag(engine: Engine, flag: int, around: _Around) -> int:
+    """Return 0 for the place that is nearest to what is expected."""
+    scale, slots = around.scale, engine.slots
+    low, high = around.low - around.centre, around.high - around.centre
+    expect_outside(engine, low * scale.per_scale, high * scale.per_scale)
+    _tell_scales(engine, around)
+    slots[6] = around.fine_bin * 12 + around.part_bin // 2
+    slots[8] = around.known_bin
+    slots[10] = (around.fine_bin // 2) * 16 + around.part_bin
+    return mixed_bit(engine, flag, _NODES.none_flag, around.fine_bin, around.fine_bin)
+
+
+@inlined
+def _tell_scales(engine: Engine, around: _Around) -> None:
+    """Tell the contexts that flags and distances have in common."""
+    scale, slots = around.scale, engine.slots
+    slots[1] = scale.bin
+    slots[2] = scale.row_bin
+    slots[3] = scale.column_bin
+    slots[4] = (scale.row_bin // 3) * 32 + scale.column_bin // 3
+    slots[5] = around.left_bin * 12 + around.up_bin
+    slots[7] = around.fine_bin
+    slots[9] = (scale.bin // 2) * 12 + around.left_bin
+    slots[11] = (around.fine_bin // 3) * 32 + scale.near_bin // 3
+
+
+@inlined
+def _code_side(
+    engine: Engine,
+    scales: Scales,
+    before: int,
+    around: _Around,
+    columns: DifferenceColumns,
+    column: int,
+    beyond: bool,
+) -> int:
+    """Return 1 for a place before the base; ``beyond`` tells that it isn't the base itself."""
+    scale, slots, part_bin = around.scale, engine.slots, around.part_bin
+    column_bin = signed_bin(column_tilt(scales, column, 1e-6), 8.0)
+    row_bin = signed_bin(row_tilt(scales, 1e-6), 8.0)
+    tilt = _tilt(around)
+    near = _side(around.left) * 3 + _side(around.up)
+    grown = _grown(around)
+    if beyond:
+        under, over = around.centre - around.low, around.high - around.centre
+        expect_side(engine, under * scale.per_scale, over * scale.per_scale)
+    else:
+        expect_over(engine, (around.centre - around.low) * scale.per_scale)
+    slots[1] = near
+    slots[2] = column_bin
+    slots[3] = row_bin
+    slots[4] = tilt
+    slots[5] = column_bin * 32 + row_bin
+    slots[6] = tilt * 32 + column_bin
+    slots[7] = grown
+    slots[8] = part_bin * 8 + min(around.octaves, 7)
+    slots[9] = near * 12 + around.left_bin
+    slots[10] = near * 16 + part_bin
+    slots[11] = (grown // 4) * 16 + part_bin
+    return mixed_bit(engine, before, _NODES.side, part_bin, _SIDE_SETS + part_bin)
+
+
+@inlined
+def _side(difference: float) -> int:
+    return 0 if difference == 0.0 else (1 if difference < 0.0 else 2)
+
+
+@inlined
+def _tilt(around: _Around) -> int:
+    """Return how far what is expected is from what is given."""
+    return signed_bin((around.centre - around.known) * around.scale.per_scale, 6.0)
+
+
+@inlined
+def _grown(around: _Around) -> int:
+    """Return how large the given number is, with its sign."""
+    return around.known_bin * 2 + (1 if around.known < 0.0 else 0)
+
+
+@inlined
+def _tell_distances(engine: Engine, around: _Around, backwards: int) -> None:
+    """Tell the contexts of the number of places, seen from its side."""
+    scale, slots = around.scale, engine.slots
+    grown, part_bin, tilt = _grown(around), around.part_bin, _tilt(around)
+    _tell_scales(engine, around)
+    slots[6] = around.fine_bin * 12 + (15 - part_bin if backwards else part_bin) // 2
+    slots[8] = grown ^ 1 if backwards else grown
+    slots[10] = (scale.bin // 4) * 32 + (31 - tilt if backwards else tilt)
+
+
+@inlined
+def _code_distance(engine: Engine, count: int, around: _Around, first: int, toward: int, fields: Fields) -> int:
+    """Return which place it is from the first one on, in one direction; the first is 1."""
+    begin = around.octaves if around.octaves >= 2 else 1
+    exponent = _code_distance_exponent(engine, count, begin, around, first, toward, fields)
+    reached, below, prefix = 1 << exponent, exponent, 1
+    apart = min(max(exponent - begin + 3, 0), 7)
+    while below > 0 and exponent - below < _DEEPEST:
+        half = 1 << (below - 1)
+        low = _end(around, first, toward, reached, fields)
+        middle = _end(around, first, toward, reached + half, fields)
+        high = _end(around, first, toward, reached + 2 * half, fields)
+        if high - low < _NARROW:
+            break
+        expect_upper(engine, low, middle, high)
+        node = _NODES.bits + apart * 8 + min(prefix, 7)
+        bit = 1 if (count - reached) & half else 0
+        bit = mixed_bit(engine, bit, node, around.fine_bin, around.fine_bin)
+        if bit:
+            reached += half
+        prefix = 2 * prefix + bit
+        below -= 1
+    engine.spent[_LOWER] += below
+    rest = (count - reached) & ((1 << below) - 1)
+    return reached + code_integer_evenly(engine.decoding, engine.state, engine.data, rest, below)
+
+
+@inlined
+def _code_distance_exponent(
+    engine: Engine, count: int, begin: int, around: _Around, first: int, toward: int, fields: Fields
+) -> int:
+    """Return the exponent of a number of places, looked for from the expected one up or down."""
+    family = min(around.octaves, 5)
+    exponent, floor, ceiling = begin, 0, -1
+    while True:
+        low = _end(around, first, toward, 1 << floor, fields)
+        middle = _end(around, first, toward, 1 << exponent, fields)
+        if ceiling < 0:
+            expect_farther(engine, low, middle)
+        else:
+            expect_upper(engine, low, middle, _end(around, first, toward, 1 << ceiling, fields))
+        node = _NODES.exponents + family * 24 + min(max(exponent - begin + 12, 0), 23)
+        bit = 1 if count >= 1 << exponent else 0
+        if mixed_bit(engine, bit, node, around.fine_bin, around.fine_bin):
+            floor = exponent
+            if ceiling >= 0 or exponent == _HIGHEST:
+                return floor
+            exponent += 1
+        else:
+            ceiling = exponent
+            if exponent == floor + 1 or exponent - 1 <= 0:
+                return floor
+            exponent -= 1
+
+
+@inlined
+def _end(around: _Around, first: int, toward: int, count: int, fields: Fields) -> float:
+    """Return how far the nearer end of a place, counted from the first one on, is from what is expected, in scales."""
+    place = first - (count - 1) + 1 if toward < 0 else first + (count - 1)
+    return (_edge(place, fields) - around.centre) * float(toward) * around.scale.per_scale

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from kcomplex.errors import StreamError
 from kcomplex.estimators.coder import Part
-from kcomplex.estimators.description import STRUCTURE
 from kcomplex.estimators.structure import Reader, varint
 from kcomplex.estimators.symbols import Shape, Symbols
 
 from ..tables.numbers import eighths_of_octaves, folded, unzigzag, zigzag
-from .binary_coder import as_bytes
 from .difference_rows import (
     FIELDS,
     Places,
@@ -27,26 +26,20 @@ from .difference_rows import (
     numbers_of,
 )
 from .float_rows import LARGEST, Fields
-from .floats import FloatFormat, octave_and_powers, relative, unit
-from .integer_rows import new_regression
+from .floats import FORMATS, FloatFormat, octave_and_powers, relative, unit
 from .integers import new_integer_memory
 from .line import Line, fitted_line, ordinary, read_line
 from .low_rank import STEP, Directions, LowRank, directions, read_low_rank
-from .matrix import (
-    LINEAR,
-    PLAINLY,
-    TRANSPOSED,
-    Integers,
-    MatrixCode,
-    Memory,
-    RowModel,
-    layouts,
-    pack_choices,
-    read_choices,
-    shortest,
-)
+from .matrix import Integers, MatrixModel, Memory, RowModel, decode_matrix, encode_matrix
+from .scales import new_regression
 
-_SAME, _ZEROS, _NEGATIVE_ZEROS, _OFFSET, _LOW_RANK = 8, 16, 32, 64, 128
+_MODERATE, _SAME, _ZEROS, _NEGATIVE_ZEROS, _OFFSET, _LOW_RANK = 1, 8, 16, 32, 64, 128
+# There are more places of float64 than are told apart: those below 2, or zeros and those from 2**-510 to 2**512, which
+# are counted as if their exponents, less so many, had ten bits.
+_DOUBLE = FORMATS[torch.float64]
+_MODERATE_DOUBLE = FloatFormat(10, 52, 511, ())
+_LESS = 512
+_MOST_PLACES = 1 << 62
 _STEPS = 64
 # A share of entries that are as given, or zero, below which telling them costs more than it saves.
 _FEWEST_TOLD = 1e-3
@@ -152,7 +145,7 @@ class _Attempt(NamedTuple):
 
 @dataclass(frozen=True)
 class DifferenceMix:
-    """Codes integers, or the words of floats, given others."""
+    """Codes integers, or the words of floats, given others, by what those before them have taught."""
 
     format: FloatFormat | None
     linear: bool
@@ -161,6 +154,8 @@ class DifferenceMix:
 
     def encode_parts(self, symbols: Symbols) -> list[Part]:
         """Return layout (structure), low-rank part, choices of the linear prediction (tables) and the payload."""
+        if self.format == _DOUBLE and _are_moderate(symbols):
+            return replace(self, format=_MODERATE_DOUBLE).encode_parts(symbols)
         places = self._places(symbols.reshape(folded(symbols.shape)))
         given = self.given.take(places.shape)
         line = self._line(places, given)
@@ -218,49 +213,44 @@ class DifferenceMix:
         fields = self._fields(eighths, zeros)
         told = Places(fields, same)
         means = _in_units(expected, eighths)
-        flags = (_SAME if same else 0) | (0, _ZEROS, _NEGATIVE_ZEROS)[zeros] | (_OFFSET if line.offset else 0)
+        flags = _MODERATE if self.format == _MODERATE_DOUBLE else 0
+        flags |= (_SAME if same else 0) | (0, _ZEROS, _NEGATIVE_ZEROS)[zeros] | (_OFFSET if line.offset else 0)
         factors = []
         if low_rank is not None:
             flags |= _LOW_RANK
             factors = [low_rank.part(memory.factors)]
-        candidates = PLAINLY
-        if self.linear:
-            steps = _steps(places, means, fields)
-            candidates = layouts(memory, steps, int(np.abs(steps).max()))
-
-        def encode(memory: Memory, mode: int, choices: list[int]) -> list[Part]:
-            rows, known = (places.T.copy(), means.T.copy()) if mode & TRANSPOSED else (places, means)
-            return [
-                Part(STRUCTURE, bytes([mode | flags]) + varint(zigzag(eighths)) + line.to_bytes()),
-                *factors,
-                Part("tables", pack_choices(choices)),
-                _code(told, known, eighths, choices).encode(memory, rows),
-            ]
-
-        return shortest(memory, candidates, encode)
+        head = flags, varint(zigzag(eighths)) + line.to_bytes()
+        steps = _steps(places, means, fields)
+        return encode_matrix(
+            memory, self.linear, head, places, steps, lambda turned: _model(told, means, eighths, turned), factors
+        )
 
     def decode(self, data: bytes, shape: Shape, dtype: np.dtype[Any]) -> Symbols:
-        """Return the integers or words."""
+        """Return the integers or words; shape and dtype are those of what was encoded.
+
+        Raises
+        ------
+        StreamError
+            The stream is truncated or corrupted.
+        """
         reader = Reader(data)
         mode = reader.take(1)[0]
-        if mode & 1 or (mode & _ZEROS and mode & _NEGATIVE_ZEROS):
+        moderate = bool(mode & _MODERATE)
+        if moderate and self.format == _DOUBLE:
+            return replace(self, format=_MODERATE_DOUBLE).decode(data, shape, dtype)
+        if moderate != (self.format == _MODERATE_DOUBLE) or (mode & _ZEROS and mode & _NEGATIVE_ZEROS):
             raise StreamError(f"mix: a tensor given another can't begin with {mode}")
         eighths = unzigzag(reader.varint())
         if abs(eighths) > _MOST_EIGHTHS:
             raise StreamError(f"mix: a scale of {eighths} eighths of an octave")
         line = read_line(reader, bool(mode & _OFFSET))
-        height, width = folded(shape)
-        low_rank = read_low_rank(reader, self.memory.factors, (height, width)) if mode & _LOW_RANK else None
+        sides = folded(shape)
+        low_rank = read_low_rank(reader, self.memory.factors, sides) if mode & _LOW_RANK else None
         product = None if low_rank is None else low_rank.product()
-        means = _in_units(self.given.expected(line, self.given.take((height, width)), product), eighths)
-        if mode & TRANSPOSED:
-            height, width, means = width, height, means.T.copy()
-        choices = read_choices(reader, self.memory, (height, width)) if mode & LINEAR else []
+        means = _in_units(self.given.expected(line, self.given.take(sides), product), eighths)
         zeros = 2 if mode & _NEGATIVE_ZEROS else int(mode & _ZEROS > 0)
         told = Places(self._fields(eighths, zeros), bool(mode & _SAME))
-        places = _code(told, means, eighths, choices).decode(self.memory, as_bytes(reader.rest()), (height, width))
-        if mode & TRANSPOSED:
-            places = places.T
+        places = decode_matrix(reader, self.memory, mode, sides, lambda turned: _model(told, means, eighths, turned))
         return self._symbols(places, shape, dtype)
 
     def _line(self, places: Integers, given: NDArray[np.float64], product: NDArray[np.float64] | None = None) -> Line:
@@ -315,9 +305,11 @@ class DifferenceMix:
     def _places(self, words: Symbols) -> Integers:
         if self.format is None:
             return words.astype(np.int64) - self.given.shift
-        bits = self.format.exponent_bits + self.format.mantissa_bits
-        magnitudes = words.astype(np.int64) & ((1 << bits) - 1)
-        negative = (words >> words.dtype.type(bits)).astype(bool)
+        sign = 8 * words.itemsize - 1
+        magnitudes = words.astype(np.int64) & ((1 << sign) - 1)
+        negative = (words >> words.dtype.type(sign)).astype(bool)
+        if self.format == _MODERATE_DOUBLE:
+            magnitudes[magnitudes > 0] -= _LESS << self.format.mantissa_bits
         places: Integers = np.where(negative, -magnitudes - 1, magnitudes)
         return places
 
@@ -334,7 +326,9 @@ class DifferenceMix:
         magnitudes = np.where(negative, -flat - 1, flat)
         if (magnitudes >> bits).any():
             raise StreamError("mix: the stream holds floats beyond its dtype")
-        words: Symbols = magnitudes.astype(dtype) | (negative.astype(dtype) << dtype.type(bits))
+        if self.format == _MODERATE_DOUBLE:
+            magnitudes[magnitudes > 0] += _LESS << self.format.mantissa_bits
+        words: Symbols = magnitudes.astype(dtype) | (negative.astype(dtype) << dtype.type(8 * dtype.itemsize - 1))
         return words
 
     def _fields(self, eighths: int, zeros: int) -> Fields:
@@ -344,13 +338,28 @@ class DifferenceMix:
         return Fields(self.format.exponent_bits, self.format.mantissa_bits, 0, zeros, octave, powers)
 
 
-def _code(told: Places, means: NDArray[np.float64], eighths: int, choices: list[int]) -> MatrixCode:
-    return MatrixCode(
+def have_places(words: Symbols, layout: FloatFormat) -> bool:
+    """Return whether words of floats can be told as differences from others."""
+    return layout != _DOUBLE or bool((_magnitudes(words) < _MOST_PLACES).all()) or _are_moderate(words)
+
+
+def _are_moderate(words: Symbols) -> bool:
+    magnitudes = _magnitudes(words)
+    places = magnitudes - (_LESS << _DOUBLE.mantissa_bits)
+    return bool(((magnitudes == 0) | ((places >= 1 << _DOUBLE.mantissa_bits) & (places < _MOST_PLACES))).all())
+
+
+def _magnitudes(words: Symbols) -> Integers:
+    return words.astype(np.int64) & ((1 << 63) - 1)
+
+
+def _model(told: Places, means: NDArray[np.float64], eighths: int, transposed: bool) -> MatrixModel:
+    known = np.ascontiguousarray(means.T) if transposed else means
+    return MatrixModel(
         RowModel(code_difference_rows, new_difference_columns, FIELDS),
         relative(eighths),
-        choices,
-        arguments=lambda start, stop: (means[start:stop], told),
-        numbers=lambda places, start: _steps(places, means[start : start + len(places)], told.fields).astype(float),
+        arguments=lambda start, stop: (known[start:stop], told),
+        numbers=lambda places, start: _steps(places, known[start : start + len(places)], told.fields).astype(float),
     )
 
 

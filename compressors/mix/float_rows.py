@@ -1,7 +1,7 @@
 """The model of floats behind `mix` and `lin`: binary decisions about the fields of each entry of a matrix, row by row.
 
 An entry is coded as zero or not, whether its lowest bits are all zero, its sign, its exponent and the first bits of its
-mantissa from the highest down, and the rest of the mantissa as it is. Magnitudes are expected as in `mix_integers`;
+mantissa from the highest down, and the rest of the mantissa as it is. Magnitudes are expected as in `integer_rows`;
 Laplace and normal distributions around the expected value tell the probability of each bit of the fields.
 """
 
@@ -12,61 +12,101 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from kcomplex.machine.compiled import compiled
+from kcomplex.machine.compiled import compiled_in_place, inlined
 
-from ..tables.logistic import Tables, mass, natural_log, natural_power, survival
-from .binary_coder import Bytes, CoderState, code_evenly
-from .bins import chance, log_bin, signed_bin
-from .logistic_mixing import Mixer, learning_rate, mixed_bit, new_mixer
+from ..tables.logistic import natural_log
+from .binary_coder import code_integer_evenly
+from .bins import BINS, log_bin, signed_bin
+from .expectations import expect_over, expect_upper
+from .linear_prediction import Prediction, predict_rest
+from .logistic_mixing import Engine, Mixer, mixed_bit, new_mixer
+from .scales import (
+    UNIT_LIMITS,
+    Expected,
+    Scales,
+    Shares,
+    begin_row,
+    begin_row_share,
+    column_share_bin,
+    column_tilt,
+    end_row,
+    expect_share,
+    expected_scale,
+    forget_row_share,
+    learn,
+    learn_share,
+    new_shares,
+    row_share_bin,
+    row_tilt,
+    start_of,
+    within,
+)
 
 # Bits of the mantissa that are modelled.
 MODELLED = 7
-CONTEXTS = 8
-# Octave of the lowest bin of scales.
-_LOWEST = -9.0
-_VALUES = 1300
-# Decisions: 0 sign, 1.. exponent by the bits before, 256.. mantissa by the bits before, then two flags.
-_MANTISSA = 256
-_ZERO_FLAG, _TRAILING_FLAG, _ZERO_SIGN = 320, 321, 322
-_NODES = 323
-_SIGN_SETS = 96
-_FLAG_SETS = 128
 FIELDS = ("zero flags", "signs", "exponents", "mantissas", "low mantissa bits")
 _ZERO, _SIGN, _EXPONENT, _UPPER, _LOWER = range(5)
-_LIMIT = 255
+
+
+class _Nodes(NamedTuple):
+    """Decisions that are told apart, or where families of them begin: exponents and mantissas by the bits before."""
+
+    sign: int = 0
+    exponents: int = 1
+    mantissas: int = 256
+    zero_flag: int = 320
+    trailing_flag: int = 321
+    zero_sign: int = 322
+    end: int = 323
+
+
+_NODES = _Nodes()
+# Sets of weights: of bins of scales; of bins of what is expected, for signs; of neighbours, for flags.
+_SIGN_SETS = 96
+_FLAG_SETS = 128
+# Exponents beyond this one count as it in contexts.
+_MOST_EXPONENTS = 1300
+# Values of each context.
+_ZERO_BOUNDS = (1, 8, BINS, BINS, 1024, 256, 256, BINS)
+_ZERO_SIGN_BOUNDS = (1, 8, 16, 16, 256, 128, 128, 32)
+_TRAILING_BOUNDS = (1, 4, 16, 64, 2, 2, BINS, 768)
+_SIGN_BOUNDS = (1, 4, 32, 32, 32, 1024, 1024, 512)
+_EXPONENT_BOUNDS = (1, BINS, BINS, BINS, 1024, BINS, 768, 576)
+_MANTISSA_BOUNDS = (1, 32, _MOST_EXPONENTS, 512, 768, 2, 16, 256)
 # Numbers beyond so many units count as that many in statistics: one broken weight mustn't spoil them.
 LARGEST = 1024.0
+# Numbers of this octave and beyond are all worth the same.
+HIGHEST_OCTAVE = 1001
+_HIGHEST = 2.0**HIGHEST_OCTAVE
 
 
 class FloatColumns(NamedTuple):
-    """What is known of a matrix's columns and of the rows above, in units of the matrix (float64).
+    """What is known of a matrix's columns and of the row above, in units of the matrix (float64).
 
     Attributes
     ----------
-    scale, mean, seen, sibling
-        Of each column: running mean magnitude of the residual, of the value, non-zero entries seen, and the scale at
-        the end of the last matrix of this width (0 if there is none).
-    density, negative_zeros
-        Of each column: running share of non-zero entries; of negative ones among zeros.
+    nonzero
+        How often entries aren't zero.
+    negative_zeros
+        Of each column: running share of negative ones among zeros.
     values, residuals
         Current row and the one above, padded by an entry on each side.
     signs, trailing
         Whether their sign bit is set; whether their lowest bits are zero (int64).
-    running
-        The matrix's scale, the scale that a row begins with, its share of non-zero entries and of trailing zeros.
+    shares
+        Of shape (3,): of negative ones among the row's zeros; of trailing zeros in the row and in the matrix.
     """
 
-    scale: NDArray[np.float64]
-    mean: NDArray[np.float64]
-    seen: NDArray[np.float64]
-    sibling: NDArray[np.float64]
-    density: NDArray[np.float64]
+    nonzero: Shares
     negative_zeros: NDArray[np.float64]
     values: NDArray[np.float64]
     residuals: NDArray[np.float64]
     signs: NDArray[np.int64]
     trailing: NDArray[np.int64]
-    running: NDArray[np.float64]
+    shares: NDArray[np.float64]
+
+
+_ROW_NEGATIVE_ZEROS, _ROW_TRAILING, _TRAILING = range(3)
 
 
 class Fields(NamedTuple):
@@ -94,292 +134,308 @@ class Fields(NamedTuple):
     powers: NDArray[np.float64]
 
 
-def new_float_columns(width: int, scale: float, sibling: NDArray[np.float64]) -> FloatColumns:
+class _Around(NamedTuple):
+    """What is known around an entry: what is expected, and what stands to the left and above."""
+
+    scale: Expected
+    centre: float
+    tilt: int
+    left: float
+    second: float
+    up: float
+
+
+def new_float_columns(width: int, scale: float) -> FloatColumns:
     """Return the columns of a matrix of which no row is known but its mean magnitude."""
     return FloatColumns(
-        scale=np.where(sibling > 0, 0.5 * scale + 0.5 * sibling, scale),
-        mean=np.zeros(width),
-        seen=np.zeros(width),
-        sibling=sibling,
-        density=np.full(width, 0.5),
+        nonzero=new_shares(width),
         negative_zeros=np.full(width, 0.5),
         values=np.zeros((2, width + 2)),
         residuals=np.full((2, width + 2), scale),
         signs=np.zeros((2, width + 2), np.int64),
         trailing=np.zeros((2, width + 2), np.int64),
-        running=np.array([scale, scale, 0.5, 0.05]),
+        shares=np.array([0.5, 0.05, 0.05]),
     )
 
 
 def new_float_mixer() -> Mixer:
     """Return the mixer of a stream's first floats."""
-    return new_mixer(CONTEXTS, _NODES, _VALUES, _NODES, _FLAG_SETS + 32)
+    bounds, kinds = np.empty((_NODES.end, len(_SIGN_BOUNDS)), np.int64), np.full(_NODES.end, _EXPONENT)
+    bounds[: _NODES.mantissas] = _EXPONENT_BOUNDS
+    # Exponents of more than eight bits share decisions, this one too.
+    bounds[_NODES.sign] = np.maximum(_SIGN_BOUNDS, _EXPONENT_BOUNDS)
+    bounds[_NODES.mantissas : _NODES.zero_flag] = _MANTISSA_BOUNDS
+    bounds[_NODES.zero_flag] = _ZERO_BOUNDS
+    bounds[_NODES.trailing_flag] = _TRAILING_BOUNDS
+    bounds[_NODES.zero_sign] = _ZERO_SIGN_BOUNDS
+    kinds[_NODES.mantissas : _NODES.zero_flag] = _UPPER
+    kinds[_NODES.zero_flag], kinds[_NODES.trailing_flag] = _ZERO, _LOWER
+    kinds[_NODES.sign] = kinds[_NODES.zero_sign] = _SIGN
+    return new_mixer(bounds, kinds, _FLAG_SETS + 32)
 
 
-@compiled
+@inlined
 def worth(pattern: int, fields: Fields) -> float:
-    """Return the magnitude, in units, of exponent and mantissa bits."""
+    """Return the magnitude, in units, of exponent and mantissa bits; never less for a larger pattern."""
     exponent = pattern >> fields.mantissa_bits
     if exponent > 1 << fields.exponent_bits:
         exponent = 1 << fields.exponent_bits
     part = float(pattern & ((1 << fields.mantissa_bits) - 1)) / float(1 << fields.mantissa_bits)
-    return float(part * fields.powers[1] if exponent == 0 else (1.0 + part) * fields.powers[exponent])
+    return float(min(part * fields.powers[1] if exponent == 0 else (1.0 + part) * fields.powers[exponent], _HIGHEST))
 
 
-@compiled
+@compiled_in_place
 def code_float_rows(
-    decoding: bool,
-    state: CoderState,
-    data: Bytes,
+    engine: Engine,
+    scales: Scales,
+    prediction: Prediction,
     rows: NDArray[np.int64],
-    expected: NDArray[np.float32],
-    factors: NDArray[np.float32],
-    inverses: NDArray[np.float32],
-    fields: Fields,
     columns: FloatColumns,
-    regression: NDArray[np.float64],
-    mixer: Mixer,
-    tables: Tables,
-    spent: NDArray[np.float64],
+    fields: Fields,
 ) -> None:
     """Encode rows of a matrix, or fill them with what is decoded.
 
     Parameters
     ----------
+    prediction
+        Of the rows, in units; what is expected of the entries follows from those coded before them.
     rows
         int64 of shape (rows, width): the words.
-    expected
-        float32 of that shape: means known beforehand, in units; what linear prediction adds is added in place.
-    factors, inverses
-        Linear prediction from the entries to the left, see `linear_prediction.Factors`; of size 0 for none.
     """
-    width = rows.shape[1]
-    linear = factors.size > 0
     total = fields.exponent_bits + fields.mantissa_bits
-    modelled = min(MODELLED, fields.mantissa_bits)
-    lower = fields.mantissa_bits - modelled
-    inputs = np.zeros(CONTEXTS + 4, np.int32)
-    slots = np.zeros(CONTEXTS, np.int64)
-    features = np.ones(7)
-    parametric = np.zeros(2)
-    scale, mean, seen, sibling, density = columns.scale, columns.mean, columns.seen, columns.sibling, columns.density
-    current, above = columns.values[0], columns.values[1]
-    residual, residual_above = columns.residuals[0], columns.residuals[1]
-    sign, sign_above = columns.signs[0], columns.signs[1]
-    trailing, trailing_above = columns.trailing[0], columns.trailing[1]
-    whole, start, row_density, row_trailing = columns.running[0], columns.running[1], columns.running[2], 0.0
-    for i in range(rows.shape[0]):
-        row, row_seen, row_mean = start, 4.0, 0.0
-        last8, row_negative_zeros = start, 0.5
-        row_density = 0.5 * row_density + 0.5 * columns.running[2]
-        row_trailing = columns.running[3]
-        rate = learning_rate(mixer)
-        for j in range(width):
-            word = rows[i, j]
-            negative = (word >> total) & 1
-            pattern = word & ((1 << total) - 1)
-            centre = float(expected[i, j])
-            left, up = current[j], above[j + 1]
-            second = current[j - 1] if j > 0 else 0.0
-            neighbours = (2.0 * residual[j] + 2.0 * residual_above[j + 1] + residual_above[j]) / 5.0
-            features[1] = natural_log(row + 1e-3, tables.log)
-            features[2] = natural_log(scale[j] + 1e-3, tables.log)
-            features[3] = natural_log(last8 + 1e-3, tables.log)
-            features[4] = natural_log(neighbours + 1e-2, tables.log)
-            features[5] = natural_log(whole + 1e-3, tables.log)
-            features[6] = natural_log(sibling[j] + 1e-3, tables.log) if sibling[j] > 0.0 else features[5]
-            log_scale = 0.0
-            for k in range(7):
-                log_scale += regression[k] * features[k]
-            log_scale = min(max(log_scale, -9.2), 8.0)
-            s = natural_power(log_scale, tables.exp)
-            per_scale = 1.0 / s
-            scale_bin = log_bin(log_scale, 8.0, _LOWEST)
-            nonzero = 1
-            if fields.zeros > 0:
-                near = (1 if left != 0.0 else 0) + (2 if up != 0.0 else 0) + (4 if second != 0.0 else 0)
-                likely = min(max(0.5 * (density[j] + row_density), 0.0005), 0.9995)
-                parametric[0] = likely
-                parametric[1] = min(max(density[j] * row_density / (columns.running[2] + 1e-4), 0.0005), 0.9995)
-                row_bin = log_bin(natural_log(row_density + 1e-3, tables.log), 3.0, _LOWEST)
-                column_bin = log_bin(natural_log(density[j] + 1e-3, tables.log), 3.0, _LOWEST)
-                slots[0] = 0
-                slots[1] = near
-                slots[2] = row_bin
-                slots[3] = column_bin
-                slots[4] = row_bin * 32 + column_bin
-                slots[5] = near * 32 + column_bin
-                slots[6] = near * 32 + row_bin
-                slots[7] = log_bin(natural_log(parametric[1], tables.log), 8.0, _LOWEST)
-                nonzero = mixed_bit(
-                    decoding, state, data, min(pattern, 1), parametric, _ZERO_FLAG, slots, column_bin, _ZERO_FLAG,
-                    _FLAG_SETS + near, rate, _LIMIT, inputs, mixer, tables, spent, _ZERO,
-                )  # fmt: skip
-                row_density += (float(nonzero) - row_density) * 0.02
-                density[j] += (float(nonzero) - density[j]) * 0.02
-                columns.running[2] += (float(nonzero) - columns.running[2]) * 0.0005
-            value = 0.0
-            off = abs(centre)
-            flag = 0
-            if nonzero == 0:
-                if fields.zeros == 2:
-                    parametric[0] = 0.5 * (columns.negative_zeros[j] + row_negative_zeros)
-                    parametric[1] = columns.negative_zeros[j]
-                    near = sign[j] + 2 * sign_above[j + 1] + 4 * sign_above[j + 2]
-                    column_bin, row_bin = int(columns.negative_zeros[j] * 15.9), int(row_negative_zeros * 15.9)
-                    slots[0] = 0
-                    slots[1] = near
-                    slots[2] = column_bin
-                    slots[3] = row_bin
-                    slots[4] = column_bin * 16 + row_bin
-                    slots[5] = column_bin * 8 + near
-                    slots[6] = row_bin * 8 + near
-                    slots[7] = signed_bin(mean[j] / (scale[j] + 1e-6), 8.0)
-                    negative = mixed_bit(
-                        decoding, state, data, negative, parametric, _ZERO_SIGN, slots, near, _ZERO_SIGN,
-                        _FLAG_SETS + 12 + near, rate, _LIMIT, inputs, mixer, tables, spent, _SIGN,
-                    )  # fmt: skip
-                    row_negative_zeros += (float(negative) - row_negative_zeros) * 0.03
-                    columns.negative_zeros[j] += (float(negative) - columns.negative_zeros[j]) * 0.03
-                else:
-                    negative = 0
-                if decoding:
-                    rows[i, j] = negative << total
-                residual[j + 1] = s
+    width = rows.shape[1]
+    forget_row_share(columns.nonzero)
+    for row in range(rows.shape[0]):
+        begin_row(engine, scales)
+        begin_row_share(columns.nonzero)
+        columns.shares[_ROW_NEGATIVE_ZEROS] = 0.5
+        columns.shares[_ROW_TRAILING] = columns.shares[_TRAILING]
+        for column in range(width):
+            word = rows[row, column]
+            negative, pattern = (word >> total) & 1, word & ((1 << total) - 1)
+            around = _look_around(engine, scales, float(prediction.expected[row, column]), columns, column)
+            value, trailing, residual = 0.0, 0, around.scale.scale
+            if fields.zeros > 0 and _code_zero_flag(engine, pattern, around, columns, column) == 0:
+                pattern = 0
+                negative = _code_zero_sign(engine, scales, negative, columns, column) if fields.zeros == 2 else 0
             else:
                 if fields.trailing > 0:
-                    flag = 1 if word & ((1 << fields.trailing) - 1) == 0 else 0
-                    near = trailing[j] + 2 * trailing_above[j + 1]
-                    share = int(row_trailing * 15.0)
-                    parametric[0] = parametric[1] = min(max(row_trailing, 0.0005), 0.9995)
-                    slots[0] = 0
-                    slots[1] = near
-                    slots[2] = share
-                    slots[3] = near * 16 + share
-                    slots[4] = trailing[j]
-                    slots[5] = trailing_above[j + 1]
-                    slots[6] = scale_bin
-                    slots[7] = share * 96 // 2 + scale_bin // 2
-                    flag = mixed_bit(
-                        decoding, state, data, flag, parametric, _TRAILING_FLAG, slots, near, _TRAILING_FLAG,
-                        _FLAG_SETS + 8 + near, rate, _LIMIT, inputs, mixer, tables, spent, _LOWER,
-                    )  # fmt: skip
-                    row_trailing += (float(flag) - row_trailing) * 0.1
-                    columns.running[3] += (float(flag) - columns.running[3]) * 0.001
-                row_bin = log_bin(features[1], 6.0, _LOWEST)
-                column_bin = log_bin(features[2], 6.0, _LOWEST)
-                neighbour_bin = log_bin(features[4], 4.0, _LOWEST)
-                tilt = signed_bin(centre * per_scale, 6.0)
-                column_tilt = signed_bin(mean[j] / (scale[j] + 1e-6), 8.0)
-                row_tilt = signed_bin(row_mean / (row + 1e-6), 8.0)
-                for which in range(2):
-                    parametric[which] = survival(centre * per_scale, tables.laplace if which == 0 else tables.normal)
-                slots[0] = 0
-                slots[1] = (1 if left < 0.0 else 0) * 2 + (1 if up < 0.0 else 0)
-                slots[2] = column_tilt
-                slots[3] = row_tilt
-                slots[4] = tilt
-                slots[5] = tilt * 32 + column_tilt
-                slots[6] = column_tilt * 32 + row_tilt
-                slots[7] = tilt * 16 + scale_bin // 6
-                negative = mixed_bit(
-                    decoding, state, data, negative, parametric, 0, slots, tilt, 0,
-                    _SIGN_SETS + tilt, rate, _LIMIT, inputs, mixer, tables, spent, _SIGN,
-                )  # fmt: skip
-                toward = centre if negative else -centre
-                aside = 31 - tilt if negative else tilt
-                nearest = int(np.floor(log_scale * 1.4426950408889634)) - fields.octave
-                known = 0
-                low, high = 0.0, 1e30
-                for place in range(fields.exponent_bits + modelled):
-                    shift = total - 1 - place
-                    base = known << (shift + 1)
-                    low = worth(base, fields)
-                    middle = worth(base + (1 << shift), fields)
-                    high = worth(base + (2 << shift), fields)
-                    for which in range(2):
-                        table = tables.laplace if which == 0 else tables.normal
-                        upper = mass((middle + toward) * per_scale, (high + toward) * per_scale, table)
-                        parametric[which] = chance(
-                            upper, mass((low + toward) * per_scale, (high + toward) * per_scale, table)
-                        )
-                    slots[0] = 0
-                    if place < fields.exponent_bits:
-                        node = ((1 << place) | known) & 255
-                        slots[1] = scale_bin
-                        slots[2] = row_bin
-                        slots[3] = column_bin
-                        slots[4] = (row_bin // 3) * 32 + column_bin // 3
-                        slots[5] = neighbour_bin
-                        slots[6] = (scale_bin // 4) * 32 + aside
-                        slots[7] = (scale_bin // 2) * 12 + min(neighbour_bin // 8, 11)
-                    else:
-                        depth = place - fields.exponent_bits
-                        prefix = (1 << depth) | (known & ((1 << depth) - 1))
-                        node = _MANTISSA + min(prefix, 63)
-                        exponent = known >> depth
-                        apart = min(max(exponent - nearest + 10, 0), 15)
-                        slots[1] = apart * 2 + flag
-                        slots[2] = min(exponent, 1299)
-                        slots[3] = apart * 32 + aside
-                        slots[4] = (scale_bin // 2) * 16 + apart
-                        slots[5] = flag
-                        slots[6] = apart
-                        slots[7] = (aside // 2) * 16 + apart
-                    bit = mixed_bit(
-                        decoding, state, data, (pattern >> shift) & 1, parametric, node, slots, scale_bin, node,
-                        scale_bin, rate, _LIMIT, inputs, mixer, tables, spent,
-                        _EXPONENT if place < fields.exponent_bits else _UPPER,
-                    )  # fmt: skip
-                    known = 2 * known + bit
-                hidden = lower - fields.trailing if flag else lower
-                rest = (pattern & ((1 << lower) - 1)) >> (lower - hidden)
-                left_over = hidden
-                while left_over > 0:
-                    taken = min(left_over, 16)
-                    piece = (rest >> (left_over - taken)) & ((1 << taken) - 1)
-                    piece = code_evenly(decoding, state, data, piece, taken)
-                    if decoding:
-                        known = known << taken | piece
-                    left_over -= taken
-                spent[_LOWER] += hidden
-                if decoding:
-                    pattern = known << (lower - hidden)
-                    rows[i, j] = negative << total | pattern
+                    trailing = _code_trailing_flag(engine, word, around, columns, column, fields)
+                negative = _code_sign(engine, scales, negative, around, column)
+                toward = around.centre if negative else -around.centre
+                aside = 31 - around.tilt if negative else around.tilt
+                exponent = _code_exponent(engine, pattern, around, toward, aside, fields)
+                upper = _code_mantissa(engine, pattern, exponent, around, toward, aside, trailing, fields)
+                pattern = _code_lower_bits(engine, pattern, upper, trailing, fields)
                 value = min(worth(pattern, fields), LARGEST)
-                if negative:
-                    value = -value
-                off = abs(value - centre)
-                residual[j + 1] = off
-                error = min(off * per_scale - 1.0, 3.0)
-                for k in range(7):
-                    regression[k] += 0.0008 * error * features[k] / (1.0 + abs(features[k]))
-                row_seen += 1.0
-                weight = 1.0 / row_seen if row_seen < 200.0 else 0.005
-                row += (off - row) * weight
-                row_mean += (value - row_mean) * weight
-                seen[j] += 1.0
-                weight = 1.0 / (seen[j] + 2.0) if seen[j] < 120.0 else 0.008
-                scale[j] += (off - scale[j]) * weight
-                mean[j] += (value - mean[j]) * weight
-                last8 += (off - last8) * 0.08
-                whole += (off - whole) * 0.0005
-            if linear:
-                step = np.float32(value - centre) * inverses[j]
-                begin = j - j % factors.shape[1]
-                for k in range(j + 1, min(begin + factors.shape[1], width)):
-                    expected[i, k] += factors[j, k - begin] * step
-            current[j + 1] = value
-            sign[j + 1] = negative
-            trailing[j + 1] = flag
-        start = 0.5 * whole + 0.5 * row
-        for j in range(width + 2):
-            above[j] = current[j]
-            residual_above[j] = residual[j]
-            sign_above[j] = sign[j]
-            trailing_above[j] = trailing[j]
-        current[0] = 0.0
-        residual[0] = start
-        sign[0] = 0
-        trailing[0] = trailing[width]
-    columns.running[0], columns.running[1] = whole, start
+                value = -value if negative else value
+                residual = abs(value - around.centre)
+                learn(scales, column, value, residual, around.scale.per_scale)
+            rows[row, column] = negative << total | pattern
+            predict_rest(prediction, row, column, value - around.centre)
+            columns.values[0, column + 1] = value
+            columns.residuals[0, column + 1] = residual
+            columns.signs[0, column + 1] = negative
+            columns.trailing[0, column + 1] = trailing
+        end_row(scales)
+        _end_row(columns, start_of(scales))
+
+
+@inlined
+def _end_row(columns: FloatColumns, start: float) -> None:
+    """Let the current row become the one above."""
+    width = columns.values.shape[1]
+    for place in range(width):
+        columns.values[1, place] = columns.values[0, place]
+        columns.residuals[1, place] = columns.residuals[0, place]
+        columns.signs[1, place] = columns.signs[0, place]
+        columns.trailing[1, place] = columns.trailing[0, place]
+    columns.values[0, 0] = 0.0
+    columns.residuals[0, 0] = start
+    columns.signs[0, 0] = 0
+    columns.trailing[0, 0] = columns.trailing[0, width - 2]
+
+
+@inlined
+def _look_around(engine: Engine, scales: Scales, centre: float, columns: FloatColumns, column: int) -> _Around:
+    values, residuals = columns.values, columns.residuals
+    neighbours = (2.0 * residuals[0, column] + 2.0 * residuals[1, column + 1] + residuals[1, column]) / 5.0
+    scale = expected_scale(engine, scales, column, neighbours, UNIT_LIMITS)
+    return _Around(
+        scale,
+        centre,
+        signed_bin(centre * scale.per_scale, 6.0),
+        values[0, column],
+        values[0, column - 1] if column > 0 else 0.0,
+        values[1, column + 1],
+    )
+
+
+@inlined
+def _code_zero_flag(engine: Engine, pattern: int, around: _Around, columns: FloatColumns, column: int) -> int:
+    """Return 0 for a zero."""
+    slots, octave = engine.slots, UNIT_LIMITS.octave
+    near = (1 if around.left != 0.0 else 0) + (2 if around.up != 0.0 else 0) + (4 if around.second != 0.0 else 0)
+    expect_share(engine, columns.nonzero, column)
+    row_bin = row_share_bin(engine, columns.nonzero, octave)
+    column_bin = column_share_bin(engine, columns.nonzero, column, octave)
+    slots[1] = near
+    slots[2] = row_bin
+    slots[3] = column_bin
+    slots[4] = row_bin * 32 + column_bin
+    slots[5] = near * 32 + column_bin
+    slots[6] = near * 32 + row_bin
+    slots[7] = log_bin(natural_log(engine.parametric[1], engine.tables.log), 8.0, octave)
+    nonzero = mixed_bit(engine, min(pattern, 1), _NODES.zero_flag, column_bin, _FLAG_SETS + near)
+    learn_share(columns.nonzero, column, nonzero)
+    return nonzero
+
+
+@inlined
+def _code_zero_sign(engine: Engine, scales: Scales, negative: int, columns: FloatColumns, column: int) -> int:
+    """Return 1 for a negative zero."""
+    slots = engine.slots
+    of_row, of_column = columns.shares[_ROW_NEGATIVE_ZEROS], columns.negative_zeros[column]
+    engine.parametric[0] = 0.5 * (of_column + of_row)
+    engine.parametric[1] = of_column
+    near = columns.signs[0, column] + 2 * columns.signs[1, column + 1] + 4 * columns.signs[1, column + 2]
+    column_bin, row_bin = int(of_column * 15.9), int(of_row * 15.9)
+    slots[1] = near
+    slots[2] = column_bin
+    slots[3] = row_bin
+    slots[4] = column_bin * 16 + row_bin
+    slots[5] = column_bin * 8 + near
+    slots[6] = row_bin * 8 + near
+    slots[7] = signed_bin(column_tilt(scales, column, 1e-6), 8.0)
+    negative = mixed_bit(engine, negative, _NODES.zero_sign, near, _FLAG_SETS + 12 + near)
+    columns.shares[_ROW_NEGATIVE_ZEROS] += (float(negative) - of_row) * 0.03
+    columns.negative_zeros[column] += (float(negative) - of_column) * 0.03
+    return negative
+
+
+@inlined
+def _code_trailing_flag(
+    engine: Engine, word: int, around: _Around, columns: FloatColumns, column: int, fields: Fields
+) -> int:
+    """Return 1 if the lowest bits are all zero."""
+    slots, shares = engine.slots, columns.shares
+    left, up = columns.trailing[0, column], columns.trailing[1, column + 1]
+    near = left + 2 * up
+    share = int(shares[_ROW_TRAILING] * 15.0)
+    engine.parametric[0] = engine.parametric[1] = within(shares[_ROW_TRAILING])
+    slots[1] = near
+    slots[2] = share
+    slots[3] = near * 16 + share
+    slots[4] = left
+    slots[5] = up
+    slots[6] = around.scale.bin
+    slots[7] = share * (BINS // 2) + around.scale.bin // 2
+    flag = 1 if word & ((1 << fields.trailing) - 1) == 0 else 0
+    flag = mixed_bit(engine, flag, _NODES.trailing_flag, near, _FLAG_SETS + 8 + near)
+    shares[_ROW_TRAILING] += (float(flag) - shares[_ROW_TRAILING]) * 0.1
+    shares[_TRAILING] += (float(flag) - shares[_TRAILING]) * 0.001
+    return flag
+
+
+@inlined
+def _code_sign(engine: Engine, scales: Scales, negative: int, around: _Around, column: int) -> int:
+    """Return 1 if the value is negative."""
+    slots, tilt = engine.slots, around.tilt
+    column_bin = signed_bin(column_tilt(scales, column, 1e-6), 8.0)
+    row_bin = signed_bin(row_tilt(scales, 1e-6), 8.0)
+    slots[1] = (2 if around.left < 0.0 else 0) + (1 if around.up < 0.0 else 0)
+    slots[2] = column_bin
+    slots[3] = row_bin
+    slots[4] = tilt
+    slots[5] = tilt * 32 + column_bin
+    slots[6] = column_bin * 32 + row_bin
+    slots[7] = tilt * 16 + around.scale.bin // 6
+    expect_over(engine, around.centre * around.scale.per_scale)
+    return mixed_bit(engine, negative, _NODES.sign, tilt, _SIGN_SETS + tilt)
+
+
+@inlined
+def _code_exponent(engine: Engine, pattern: int, around: _Around, toward: float, aside: int, fields: Fields) -> int:
+    """Return the exponent field.
+
+    Parameters
+    ----------
+    toward
+        How far zero is from what is expected, on the side of the sign.
+    aside
+        The bin of that.
+    """
+    scale, slots = around.scale, engine.slots
+    slots[1] = scale.bin
+    slots[2] = scale.row_bin
+    slots[3] = scale.column_bin
+    slots[4] = (scale.row_bin // 3) * 32 + scale.column_bin // 3
+    slots[5] = scale.near_bin
+    slots[6] = (scale.bin // 4) * 32 + aside
+    slots[7] = (scale.bin // 2) * 12 + min(scale.near_bin // 8, 11)
+    total = fields.exponent_bits + fields.mantissa_bits
+    known, low, high = 0, 0.0, worth(1 << total, fields)
+    for place in range(fields.exponent_bits):
+        middle = worth((2 * known + 1) << (total - 1 - place), fields)
+        expect_upper(
+            engine,
+            (low + toward) * scale.per_scale,
+            (middle + toward) * scale.per_scale,
+            (high + toward) * scale.per_scale,
+        )
+        bit, node = (pattern >> (total - 1 - place)) & 1, ((1 << place) | known) & (_NODES.mantissas - 1)
+        bit = mixed_bit(engine, bit, node, scale.bin, scale.bin)
+        low, high = (middle, high) if bit else (low, middle)
+        known = 2 * known + bit
+    return known
+
+
+@inlined
+def _code_mantissa(
+    engine: Engine,
+    pattern: int,
+    exponent: int,
+    around: _Around,
+    toward: float,
+    aside: int,
+    trailing: int,
+    fields: Fields,
+) -> int:
+    """Return the exponent field and the bits of the mantissa that are modelled; see `_code_exponent`."""
+    scale, slots = around.scale, engine.slots
+    nearest = int(np.floor(scale.log * 1.4426950408889634)) - fields.octave
+    apart = min(max(exponent - nearest + 10, 0), 15)
+    slots[1] = apart * 2 + trailing
+    slots[2] = min(exponent, _MOST_EXPONENTS - 1)
+    slots[3] = apart * 32 + aside
+    slots[4] = (scale.bin // 2) * 16 + apart
+    slots[5] = trailing
+    slots[6] = apart
+    slots[7] = (aside // 2) * 16 + apart
+    known, prefix = exponent, 1
+    low, high = worth(exponent << fields.mantissa_bits, fields), worth((exponent + 1) << fields.mantissa_bits, fields)
+    for depth in range(min(MODELLED, fields.mantissa_bits)):
+        shift = fields.mantissa_bits - 1 - depth
+        middle = worth((2 * known + 1) << shift, fields)
+        expect_upper(
+            engine,
+            (low + toward) * scale.per_scale,
+            (middle + toward) * scale.per_scale,
+            (high + toward) * scale.per_scale,
+        )
+        node = _NODES.mantissas + min(prefix, _NODES.zero_flag - _NODES.mantissas - 1)
+        bit = mixed_bit(engine, (pattern >> shift) & 1, node, scale.bin, scale.bin)
+        low, high = (middle, high) if bit else (low, middle)
+        known, prefix = 2 * known + bit, 2 * prefix + bit
+    return known
+
+
+@inlined
+def _code_lower_bits(engine: Engine, pattern: int, upper: int, trailing: int, fields: Fields) -> int:
+    """Return all bits below the sign: the upper ones, known already, and those that are told as they are."""
+    lower = fields.mantissa_bits - min(MODELLED, fields.mantissa_bits)
+    zeros = fields.trailing if trailing else 0
+    rest = (pattern & ((1 << lower) - 1)) >> zeros
+    rest = code_integer_evenly(engine.decoding, engine.state, engine.data, rest, lower - zeros)
+    engine.spent[_LOWER] += lower - zeros
+    return (upper << (lower - zeros) | rest) << zeros

@@ -12,15 +12,14 @@ from numpy.typing import NDArray
 
 from kcomplex.errors import StreamError
 from kcomplex.estimators.coder import Part
-from kcomplex.estimators.description import STRUCTURE
 from kcomplex.estimators.structure import Reader, varint
 from kcomplex.estimators.symbols import Shape, Symbols
 
 from ..tables.numbers import eighths_of_octaves, folded, octave_fraction, unzigzag, zigzag
 from ..tables.words import from_bytes
-from .binary_coder import as_bytes
 from .float_rows import (
     FIELDS,
+    HIGHEST_OCTAVE,
     LARGEST,
     MODELLED,
     Fields,
@@ -28,20 +27,8 @@ from .float_rows import (
     new_float_columns,
     new_float_mixer,
 )
-from .integer_rows import new_regression
-from .matrix import (
-    LINEAR,
-    PLAINLY,
-    TRANSPOSED,
-    Integers,
-    MatrixCode,
-    Memory,
-    RowModel,
-    layouts,
-    pack_choices,
-    read_choices,
-    shortest,
-)
+from .matrix import Integers, MatrixModel, Memory, RowModel, decode_matrix, encode_matrix
+from .scales import new_regression
 
 _ZEROS, _NEGATIVE_ZEROS = 8, 16
 # Steps of a unit in which the covariance counts values: products of integers are summed exactly.
@@ -71,13 +58,18 @@ FORMATS = {
     torch.float32: FloatFormat(8, 23, 127, (10, 7)),
     torch.bfloat16: FloatFormat(8, 7, 127, ()),
     torch.float16: FloatFormat(5, 10, 15, ()),
+    torch.float8_e4m3fn: FloatFormat(4, 3, 7, ()),
+    torch.float8_e4m3fnuz: FloatFormat(4, 3, 8, ()),
+    torch.float8_e5m2: FloatFormat(5, 2, 15, ()),
+    torch.float8_e5m2fnuz: FloatFormat(5, 2, 16, ()),
 }
 
 
 def octave_and_powers(layout: FloatFormat, eighths: int) -> tuple[int, NDArray[np.float64]]:
     """Return `Fields.octave` and `Fields.powers` of a matrix with a scale in eighths of an octave."""
     octave = -layout.bias - unit(eighths)
-    exponents = np.clip(np.arange((1 << layout.exponent_bits) + 1) + octave, -1000, 1000).astype(np.int32)
+    # What is too small or too large for float64 in units is zero, or worth the same.
+    exponents = np.clip(np.arange((1 << layout.exponent_bits) + 1) + octave, -1100, HIGHEST_OCTAVE).astype(np.int32)
     return octave, np.ldexp(1.0, exponents)
 
 
@@ -88,7 +80,7 @@ def new_float_memory() -> Memory:
 
 @dataclass(frozen=True)
 class FloatMix:
-    """Codes the words of floats by their fields."""
+    """Codes the words of floats by their fields, by what those before them have taught."""
 
     format: FloatFormat
     linear: bool
@@ -99,24 +91,18 @@ class FloatMix:
         words = symbols.reshape(folded(symbols.shape)).astype(np.int64)
         eighths = self._scale(words)
         fields = self._fields(eighths, self._trailing(words), self._zeros(words))
-        candidates = PLAINLY
-        if self.linear:
-            steps = _steps(words, fields)
-            candidates = layouts(self.memory, steps, int(np.abs(steps).max()))
-
-        def encode(memory: Memory, mode: int, choices: list[int]) -> list[Part]:
-            rows = np.ascontiguousarray(words.T) if mode & TRANSPOSED else words
-            layout = bytes([mode | (0, _ZEROS, _NEGATIVE_ZEROS)[fields.zeros], fields.trailing])
-            return [
-                Part(STRUCTURE, layout + varint(zigzag(eighths))),
-                Part("tables", pack_choices(choices)),
-                _code(fields, eighths, choices).encode(memory, rows),
-            ]
-
-        return shortest(self.memory, candidates, encode)
+        head = (0, _ZEROS, _NEGATIVE_ZEROS)[fields.zeros], bytes([fields.trailing]) + varint(zigzag(eighths))
+        steps = _steps(words, fields)
+        return encode_matrix(self.memory, self.linear, head, words, steps, lambda _: _model(fields, eighths))
 
     def decode(self, data: bytes, shape: Shape, dtype: np.dtype[Any]) -> Symbols:
-        """Return the words."""
+        """Return the words; shape and dtype are those of what was encoded.
+
+        Raises
+        ------
+        StreamError
+            The stream is truncated or corrupted.
+        """
         if not math.prod(shape):
             return from_bytes(data, shape, dtype)
         reader = Reader(data)
@@ -126,15 +112,9 @@ class FloatMix:
         eighths = unzigzag(reader.varint())
         if abs(eighths) > _MOST_EIGHTHS:
             raise StreamError(f"mix: a scale of {eighths} eighths of an octave")
-        height, width = folded(shape)
-        if mode & TRANSPOSED:
-            height, width = width, height
-        choices = read_choices(reader, self.memory, (height, width)) if mode & LINEAR else []
         zeros = 2 if mode & _NEGATIVE_ZEROS else int(mode & _ZEROS > 0)
-        code = _code(self._fields(eighths, trailing, zeros), eighths, choices)
-        words = code.decode(self.memory, as_bytes(reader.rest()), (height, width))
-        if mode & TRANSPOSED:
-            words = words.T
+        fields = self._fields(eighths, trailing, zeros)
+        words = decode_matrix(reader, self.memory, mode, folded(shape), lambda _: _model(fields, eighths))
         symbols: Symbols = words.reshape(shape).astype(dtype)
         return symbols
 
@@ -166,11 +146,10 @@ class FloatMix:
         return [min(self.format.mantissa_bits - origin, raw) for origin in self.format.origins]
 
 
-def _code(fields: Fields, eighths: int, choices: list[int]) -> MatrixCode:
-    return MatrixCode(
+def _model(fields: Fields, eighths: int) -> MatrixModel:
+    return MatrixModel(
         RowModel(code_float_rows, new_float_columns, FIELDS),
         relative(eighths),
-        choices,
         arguments=lambda start, stop: (fields,),
         numbers=lambda words, start: _steps(words, fields).astype(np.float64),
     )

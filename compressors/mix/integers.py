@@ -17,25 +17,28 @@ from kcomplex.estimators.symbols import Shape, Symbols
 from ..tables.centring import centre
 from ..tables.numbers import eighths_of_octaves, folded, octave_fraction, read_middle, zigzag
 from ..tables.words import from_bytes, to_bytes
-from .binary_coder import as_bytes
-from .integer_rows import FIELDS, code_integer_rows, new_columns, new_integer_mixer, new_regression
+from .integer_rows import FIELDS, code_integer_rows, new_integer_columns, new_integer_mixer
+from .linear_prediction import MOST_COUNTED
 from .matrix import (
     LINEAR,
     MODELLED,
     PLAIN,
-    PLAINLY,
     TRANSPOSED,
-    MatrixCode,
+    Integers,
+    MatrixModel,
     Memory,
     RowModel,
-    layouts,
-    pack_choices,
-    read_choices,
-    shortest,
+    decode_matrix,
+    encode_matrix,
 )
+from .scales import new_regression
 
 # Integers are modelled up to this magnitude.
 LARGEST = 1 << 48
+# In eighths of an octave.
+_LARGEST_SCALE = 383
+# Mean magnitudes of more bits than these are counted in a power of two.
+_COUNTED_BITS = 13
 
 
 def new_integer_memory() -> Memory:
@@ -56,25 +59,22 @@ class IntegerMix:
             return []
         middle = centre(symbols)
         values = symbols.astype(np.int64) - np.int64(middle)
-        largest = max(int(values.max()), -int(values.min()))
-        if largest >= LARGEST:
+        if max(int(values.max()), -int(values.min())) >= LARGEST:
             return [Part(STRUCTURE, bytes([PLAIN])), Part("payload", to_bytes(symbols))]
         matrix = values.reshape(folded(symbols.shape))
-        scale = min(max(eighths_of_octaves(max(float(np.abs(matrix).mean()), 2.0**-8)), -64), 383)
-        candidates = layouts(self.memory, matrix, largest) if self.linear else PLAINLY
-
-        def encode(memory: Memory, mode: int, choices: list[int]) -> list[Part]:
-            rows = np.ascontiguousarray(matrix.T) if mode & TRANSPOSED else matrix
-            return [
-                Part(STRUCTURE, bytes([mode | MODELLED]) + varint(zigzag(middle)) + varint(scale + 64)),
-                Part("tables", pack_choices(choices)),
-                _code(scale, choices).encode(memory, rows),
-            ]
-
-        return shortest(self.memory, candidates, encode)
+        scale = min(max(eighths_of_octaves(max(float(np.abs(matrix).mean()), 2.0**-8)), -64), _LARGEST_SCALE)
+        head = MODELLED, varint(zigzag(middle)) + varint(scale + 64)
+        counted = _counted(matrix, scale)
+        return encode_matrix(self.memory, self.linear, head, matrix, counted, lambda _: _model(scale))
 
     def decode(self, data: bytes, shape: Shape, dtype: np.dtype[Any]) -> Symbols:
-        """Return the integers."""
+        """Return the integers; shape and dtype are those of what was encoded.
+
+        Raises
+        ------
+        StreamError
+            The stream is truncated or corrupted.
+        """
         if not math.prod(shape):
             return from_bytes(data, shape, dtype)
         reader = Reader(data)
@@ -85,24 +85,24 @@ class IntegerMix:
             raise StreamError(f"mix: a tensor of integers can't begin with {mode}")
         middle = read_middle(reader)
         scale = reader.varint() - 64
-        if scale > 383:
+        if scale > _LARGEST_SCALE:
             raise StreamError(f"mix: a scale of {scale} eighths of an octave")
-        height, width = folded(shape)
-        if mode & TRANSPOSED:
-            height, width = width, height
-        choices = read_choices(reader, self.memory, (height, width)) if mode & LINEAR else []
-        values = _code(scale, choices).decode(self.memory, as_bytes(reader.rest()), (height, width))
-        if mode & TRANSPOSED:
-            values = values.T
+        values = decode_matrix(reader, self.memory, mode, folded(shape), lambda _: _model(scale))
         symbols: Symbols = (values.reshape(shape) + np.int64(middle)).astype(dtype)
         return symbols
 
 
-def _code(scale: int, choices: list[int]) -> MatrixCode:
-    return MatrixCode(
-        RowModel(code_integer_rows, new_columns, FIELDS),
+def _model(scale: int) -> MatrixModel:
+    return MatrixModel(
+        RowModel(code_integer_rows, new_integer_columns, FIELDS),
         octave_fraction(scale),
-        choices,
         arguments=lambda start, stop: (),
-        numbers=lambda values, start: values.astype(np.float64),
+        numbers=lambda values, start: _counted(values, scale).astype(np.float64),
     )
+
+
+def _counted(values: Integers, scale: int) -> Integers:
+    """Return integers as the covariance counts them: those of large matrices in a power of two, outliers cut off."""
+    bits = max(scale // 8 - _COUNTED_BITS, 0)
+    counted: Integers = np.clip((values + ((1 << bits) >> 1)) >> bits, -MOST_COUNTED, MOST_COUNTED)
+    return counted

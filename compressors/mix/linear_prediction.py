@@ -1,11 +1,11 @@
 """Linear prediction of a matrix's entries from the entries to their left, learned from the rows that are already coded.
 
-The covariance of the columns is estimated from the rows before a block of rows (and from earlier matrices of the same
+The covariance of the columns is estimated from the rows before a segment of rows (and from earlier matrices of the same
 width, which often read from or write into the same residual stream), shrunk towards its diagonal, and factored,
 ``A = L L'``: the expected value of an entry given those to its left is a row of L times the innovations so far.
 
-A decoder must repeat every bit of this. Rows hold multiples of 1/16, so that sums of their products are exact in
-float64 whatever the order in which a library adds them up; the factorisation is our own, in a fixed order. Only the
+A decoder must repeat every bit of this. Rows hold integers of at most 18 bits, so that sums of their products are exact
+in float64 whatever the order in which a library adds them up; the factorisation is our own, in a fixed order. Only the
 search for the best shrinkage uses LAPACK; its outcome is a part of the stream.
 """
 
@@ -21,11 +21,11 @@ from numpy.typing import NDArray
 from scipy.linalg import LinAlgError, cholesky, solve_triangular
 
 from kcomplex.machine.blas_threads import one_blas_thread
-from kcomplex.machine.compiled import compiled
+from kcomplex.machine.compiled import compiled, inlined
 
 Matrix: TypeAlias = NDArray[np.float64]
 
-# Index into this table, or its length for no prediction, is what the stream says of each block.
+# Index into this table, or its length for no prediction, is what the stream says of each segment.
 SHRINKAGES = (0.02, 0.06, 0.15, 0.3, 0.5, 0.75, 0.9)
 NO_PREDICTION = len(SHRINKAGES)
 _FEWEST_ROWS, _FEWEST_COLUMNS = 8, 4
@@ -34,8 +34,8 @@ _WIDEST_WINDOW = 1024
 _MOST_CARRIED_ROWS = 2000.0
 _RIDGE = 1e-6
 _PANEL = 32
-# Sums of products of integers (in 1/16) below this are exact in float64.
-_EXACT = 2.0**52
+# Numbers are counted up to this magnitude: float64 sums their products exactly, a segment of rows at a time.
+MOST_COUNTED = (1 << 18) - 1
 
 
 class Factors(NamedTuple):
@@ -51,6 +51,34 @@ class Factors(NamedTuple):
 
     rows: NDArray[np.float32]
     inverses: NDArray[np.float32]
+
+
+class Prediction(NamedTuple):
+    """What a kernel expects of rows.
+
+    Attributes
+    ----------
+    expected
+        float32 of shape (rows, width): means; what entries tell of those to their right is added in place.
+    rows, inverses
+        See `Factors`; of size 0 for none.
+    """
+
+    expected: NDArray[np.float32]
+    rows: NDArray[np.float32]
+    inverses: NDArray[np.float32]
+
+
+@inlined
+def predict_rest(prediction: Prediction, row: int, column: int, innovation: float) -> None:
+    """Add what an entry's difference from what was expected tells of those to its right."""
+    factors = prediction.rows
+    if factors.size > 0:
+        step = np.float32(innovation) * prediction.inverses[column]
+        begin = column - column % factors.shape[1]
+        end = min(begin + factors.shape[1], prediction.expected.shape[1])
+        for other in range(column + 1, end):
+            prediction.expected[row, other] += factors[column, other - begin] * step
 
 
 NO_FACTORS = Factors(np.zeros((0, 0), np.float32), np.zeros(0, np.float32))
@@ -124,29 +152,44 @@ class Covariance:
             start = stop
         return Factors(rows, inverses)
 
-    def best_choice(self, rows: Matrix) -> tuple[int, float]:
+    def best_choice(self, rows: Matrix, likely: int) -> tuple[int, float]:
         """Return the shrinkage that predicts rows best, and the bits that a Gaussian code gains by it.
 
         The search may differ from machine to machine: its outcome is told to the decoder.
+
+        Parameters
+        ----------
+        likely
+            Where the search begins; it goes up and down from there for as long as it gains.
         """
-        best, gain = NO_PREDICTION, 0.0
         if self.rows < _FEWEST_ROWS:
-            return best, gain
-        power, known = float(np.square(rows).mean()), self.sums()
-        for choice in range(NO_PREDICTION):
-            error = 0.0
-            for sums, (start, stop) in zip(known, windows(rows.shape[1]), strict=True):
-                try:
-                    lower = cholesky(self._shrunk(sums, choice), lower=True, check_finite=False)
-                except LinAlgError:
-                    error = np.inf
+            return NO_PREDICTION, 0.0
+        known, power = self.sums(), max(float(np.square(rows).mean()), 1e-9)
+        best, least = likely, self._error(rows, known, likely)
+        for step in (1, -1):
+            while 0 <= best + step < NO_PREDICTION:
+                error = self._error(rows, known, best + step)
+                if error >= least:
                     break
-                innovations = solve_triangular(lower, rows[:, start:stop].T, lower=True, check_finite=False)
-                error += float(np.square(innovations * lower.diagonal()[:, None]).sum())
-            found = 0.5 * np.log2(max(power, 1e-9) / max(error / rows.size, 1e-9)) * rows.size
-            if found > gain:
-                best, gain = choice, float(found)
-        return best, gain
+                best, least = best + step, error
+            if best != likely:
+                break
+        if not math.isfinite(least):
+            return NO_PREDICTION, 0.0
+        gain = 0.5 * math.log2(power / max(least / rows.size, 1e-9)) * rows.size
+        return (best, gain) if gain > 0 else (NO_PREDICTION, 0.0)
+
+    def _error(self, rows: Matrix, known: list[Matrix], choice: int) -> float:
+        """Return the sum of squares of what a shrinkage leaves over; infinity where there is no such prediction."""
+        error = 0.0
+        for sums, (start, stop) in zip(known, windows(rows.shape[1]), strict=True):
+            try:
+                lower = cholesky(self._shrunk(sums, choice), lower=True, check_finite=False)
+            except LinAlgError:
+                return math.inf
+            innovations = solve_triangular(lower, rows[:, start:stop].T, lower=True, check_finite=False)
+            error += float(np.square(innovations * lower.diagonal()[:, None]).sum())
+        return error
 
     def _shrunk(self, sums: Matrix, choice: int) -> Matrix:
         covariance = sums / self.rows
@@ -167,10 +210,10 @@ def windows(width: int) -> list[tuple[int, int]]:
     return [(start, min(start + size, width)) for start in range(0, width, size)]
 
 
-def blocks(rows: int, learned: bool, eager: bool = False) -> Iterator[tuple[int, int]]:
-    """Yield the blocks of rows after which the prediction is learned anew; the first is short if nothing is known.
+def segments(rows: int, learned: bool, eager: bool = False) -> Iterator[tuple[int, int]]:
+    """Yield the segments of rows after which the prediction is learned anew; the first is short if nothing is known.
 
-    Eagerly, every block is, at the beginning: worth its time where much is to be learned.
+    Eagerly, every segment is, at the beginning: worth its time where much is to be learned.
     """
     size = max(16, min(256, rows // 12))
     start = 0
@@ -182,21 +225,21 @@ def blocks(rows: int, learned: bool, eager: bool = False) -> Iterator[tuple[int,
         start = stop
 
 
-def is_predictable(shape: tuple[int, int], largest: float) -> bool:
-    """Return whether prediction is tried: enough rows and columns, and products that float64 sums exactly."""
+def is_predictable(shape: tuple[int, int]) -> bool:
+    """Return whether prediction is tried: enough rows and columns."""
     rows, columns = shape
-    enough = rows >= _FEWEST_ROWS and columns >= _FEWEST_COLUMNS
-    return enough and (16.0 * largest) ** 2 * 256 < _EXACT
+    return rows >= _FEWEST_ROWS and columns >= _FEWEST_COLUMNS
 
 
 def plan(rows: Matrix, covariance: Covariance, eager: bool = False) -> tuple[list[int], float]:
-    """Return the best shrinkage of each block of a matrix and the bits gained; the covariance learns the matrix."""
-    choices, gain = [], 0.0
+    """Return the best shrinkage of each segment of a matrix and the bits gained; the covariance learns the matrix."""
+    choices, gain, likely = [], 0.0, NO_PREDICTION // 2
     with one_blas_thread():
-        for start, stop in blocks(len(rows), covariance.rows > 0, eager):
-            choice, gained = covariance.best_choice(rows[start:stop])
+        for start, stop in segments(len(rows), covariance.rows > 0, eager):
+            choice, gained = covariance.best_choice(rows[start:stop], likely)
             choices.append(choice)
             gain += gained
+            likely = likely if choice == NO_PREDICTION else choice
             covariance.add(rows[start:stop])
     return choices, gain
 

@@ -1,9 +1,9 @@
-"""What the models behind `mix` and `lin` share: memory along a stream, the layout of a matrix, rows in blocks."""
+"""What the models behind `mix` and `lin` share: memory along a stream, the layout of a matrix, rows in segments."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple, TypeAlias
 
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from kcomplex.errors import StreamError
 from kcomplex.estimators.coder import Part
+from kcomplex.estimators.description import STRUCTURE
 from kcomplex.estimators.structure import Reader
 
 from ..tables.logistic import tables
@@ -19,6 +20,7 @@ from .binary_coder import (
     POSITION,
     Bytes,
     CoderState,
+    as_bytes,
     finish_decoding,
     finish_encoding,
     start_decoding,
@@ -29,11 +31,13 @@ from .linear_prediction import (
     NO_PREDICTION,
     Covariance,
     Matrix,
-    blocks,
+    Prediction,
     is_predictable,
     plan,
+    segments,
 )
-from .logistic_mixing import Mixer, copied
+from .logistic_mixing import Mixer, copied, new_engine
+from .scales import new_scales
 
 Integers: TypeAlias = NDArray[np.int64]
 
@@ -59,7 +63,7 @@ class Memory:
     Attributes
     ----------
     eager
-        Whether the linear prediction is learned in many steps; see `linear_prediction.blocks`.
+        Whether the linear prediction is learned in many steps; see `linear_prediction.segments`.
     """
 
     mixer: Mixer
@@ -144,49 +148,50 @@ class RowModel(NamedTuple):
     Attributes
     ----------
     kernel
-        Called with whether it decodes, the coder's state and bytes, the rows, zeros of their shape (float32), factors
-        and inverses of the linear prediction, further arguments, columns, regression, mixer, tables and bits spent.
+        Called with engine, scales and prediction, the rows, what it knows of columns, and further arguments.
     columns
-        Returns what the kernel knows of columns, given their number, the matrix's scale, and the scales that columns
-        of an earlier matrix ended with; its attribute ``scale`` is what they end with.
+        Returns what the kernel knows of columns besides their scales, given their number and the matrix's scale.
     names
         What bits are spent on.
     """
 
     kernel: Callable[..., None]
-    columns: Callable[[int, float, NDArray[np.float64]], Any]
+    columns: Callable[[int, float], Any]
     names: tuple[str, ...]
 
 
 @dataclass(frozen=True)
-class MatrixCode:
+class MatrixModel:
     """How one matrix is coded.
 
     Attributes
     ----------
     scale
         What its entries' magnitudes are expected to be before any is known, in its units.
-    choices
-        Of the linear prediction for each block of rows; none without one.
     arguments
         Returns what the kernel is told besides, of the rows from one index to another.
     numbers
         Returns rows, already coded, as the covariance counts them, given the index of the first.
     """
 
-    model: RowModel
+    rows: RowModel
     scale: float
-    choices: list[int]
     arguments: Callable[[int, int], tuple[Any, ...]]
     numbers: Callable[[Integers, int], Matrix]
 
-    def encode(self, memory: Memory, matrix: Integers) -> Part:
-        """Return the payload of a matrix, of which the memory learns."""
-        coder = RowEncoder()
-        spent = self._code(coder, memory, matrix)
-        return Part("payload", coder.finish(), dict(zip(self.model.names, spent.tolist(), strict=True)))
+    def encode(self, memory: Memory, matrix: Integers, choices: list[int]) -> Part:
+        """Return the payload of a matrix, of which the memory learns.
 
-    def decode(self, memory: Memory, payload: Bytes, shape: tuple[int, int]) -> Integers:
+        Parameters
+        ----------
+        choices
+            Of the linear prediction for each segment of rows; none without one.
+        """
+        coder = RowEncoder()
+        spent = self._code(coder, memory, matrix, choices)
+        return Part("payload", coder.finish(), dict(zip(self.rows.names, spent.tolist(), strict=True)))
+
+    def decode(self, memory: Memory, payload: Bytes, shape: tuple[int, int], choices: list[int]) -> Integers:
         """Return the matrix in a payload.
 
         Raises
@@ -196,43 +201,99 @@ class MatrixCode:
         """
         check_size(math.prod(shape), payload.size)
         coder, matrix = RowDecoder(payload), np.empty(shape, np.int64)
-        self._code(coder, memory, matrix)
+        self._code(coder, memory, matrix, choices)
         finish_decoding(coder.state, payload)
         return matrix
 
-    def _code(self, coder: RowEncoder | RowDecoder, memory: Memory, matrix: Integers) -> NDArray[np.float64]:
-        """Code all rows, learning the covariance block by block where there are choices; return the bits spent."""
+    def _code(
+        self, coder: RowEncoder | RowDecoder, memory: Memory, matrix: Integers, choices: list[int]
+    ) -> NDArray[np.float64]:
+        """Code all rows, learning the covariance segment by segment where there are choices; return the bits spent."""
         height, width = matrix.shape
-        columns = self.model.columns(width, self.scale, memory.scales((height, width), self.scale))
-        spent = np.zeros(len(self.model.names))
-        covariance = memory.covariance(width) if self.choices else None
-        spans = blocks(height, covariance.rows > 0, memory.eager) if covariance is not None else iter([(0, height)])
+        scales = new_scales(self.scale, memory.scales((height, width), self.scale), memory.regression)
+        columns, spent = self.rows.columns(width, self.scale), np.zeros(len(self.rows.names))
+        covariance = memory.covariance(width) if choices else None
+        spans = segments(height, covariance.rows > 0, memory.eager) if covariance is not None else [(0, height)]
         for index, (start, stop) in enumerate(spans):
-            factors = covariance.factors(self.choices[index]) if covariance is not None else NO_FACTORS
+            factors = covariance.factors(choices[index]) if covariance is not None else NO_FACTORS
             for first, last in _calls(start, stop, width):
                 rows, room = matrix[first:last], coder.room((last - first) * width)
-                self.model.kernel(
-                    coder.decoding, coder.state, room, rows, np.zeros(rows.shape, np.float32), *factors,
-                    *self.arguments(first, last), columns, memory.regression, memory.mixer, tables(), spent,
-                )  # fmt: skip
+                engine = new_engine(coder.decoding, coder.state, room, memory.mixer, tables(), spent)
+                prediction = Prediction(np.zeros(rows.shape, np.float32), *factors)
+                self.rows.kernel(engine, scales, prediction, rows, columns, *self.arguments(first, last))
                 coder.advance()
             if covariance is not None:
                 covariance.add(self.numbers(matrix[start:stop], start))
         if covariance is not None:
             memory.covariances[width] = covariance
-        memory.keep_scales((height, width), columns.scale, self.scale)
+        memory.keep_scales((height, width), scales.columns, self.scale)
         return spent
 
 
-def layouts(memory: Memory, matrix: Integers, largest: int) -> list[tuple[int, list[int]]]:
+def encode_matrix(
+    memory: Memory,
+    linear: bool,
+    head: tuple[int, bytes],
+    matrix: Integers,
+    counted: Integers,
+    model: Callable[[bool], MatrixModel],
+    before: Sequence[Part] = (),
+) -> list[Part]:
+    """Return mode and head (structure), what comes before, the prediction's choices (tables), and the payload.
+
+    Parameters
+    ----------
+    linear
+        Whether linear prediction is tried.
+    head
+        Flags besides those of the layout, and what the model is told by.
+    counted
+        The matrix as the covariance counts it: up to `MOST_COUNTED`.
+    model
+        Returns the model of the matrix, or of the transposed one.
+    """
+    flags, told = head
+    candidates = layouts(memory, counted) if linear else PLAINLY
+
+    def encode(memory: Memory, mode: int, choices: list[int]) -> list[Part]:
+        transposed = bool(mode & TRANSPOSED)
+        rows = np.ascontiguousarray(matrix.T if transposed else matrix)
+        return [
+            Part(STRUCTURE, bytes([mode | flags]) + told),
+            *before,
+            Part("tables", pack_choices(choices)),
+            model(transposed).encode(memory, rows, choices),
+        ]
+
+    return shortest(memory, candidates, encode)
+
+
+def decode_matrix(
+    reader: Reader, memory: Memory, mode: int, shape: tuple[int, int], model: Callable[[bool], MatrixModel]
+) -> Integers:
+    """Return the matrix whose mode, head and what comes before the choices are already read.
+
+    Raises
+    ------
+    StreamError
+        Choices or payload aren't those of such a matrix.
+    """
+    transposed = bool(mode & TRANSPOSED)
+    coded = (shape[1], shape[0]) if transposed else shape
+    choices = read_choices(reader, memory, coded) if mode & LINEAR else []
+    matrix = model(transposed).decode(memory, as_bytes(reader.rest()), coded, choices)
+    return matrix.T if transposed else matrix
+
+
+def layouts(memory: Memory, matrix: Integers) -> list[tuple[int, list[int]]]:
     """Return the layouts that may be the shortest: bits of a mode, and the choices of the prediction.
 
     What a Gaussian code gains decides where it is clear; other models gain less, and less evenly.
     """
     found: list[tuple[float, int, list[int]]] = [(0.0, 0, [])]
-    if is_predictable(matrix.shape, largest):
+    if is_predictable(matrix.shape):
         for mode, rows in ((LINEAR, matrix), (LINEAR | TRANSPOSED, matrix.T)):
-            if is_predictable(rows.shape, largest) and rows.shape[1] <= _MOST_PREDICTED * rows.shape[0]:
+            if is_predictable(rows.shape) and rows.shape[1] <= _MOST_PREDICTED * rows.shape[0]:
                 choices, gain = plan(rows.astype(np.float64), memory.covariance(rows.shape[1]), memory.eager)
                 if gain > 4.0 * len(choices):
                     found.append((gain / matrix.size, mode, choices))
@@ -264,7 +325,7 @@ def pack_choices(choices: list[int]) -> bytes:
 
 
 def read_choices(reader: Reader, memory: Memory, shape: tuple[int, int]) -> list[int]:
-    """Return the choices of each block of a matrix, as `pack_choices` wrote them.
+    """Return the choices of each segment of a matrix, as `pack_choices` wrote them.
 
     Raises
     ------
@@ -272,7 +333,7 @@ def read_choices(reader: Reader, memory: Memory, shape: tuple[int, int]) -> list
         There are too few, or one that doesn't exist.
     """
     height, width = shape
-    count = sum(1 for _ in blocks(height, width in memory.covariances, memory.eager))
+    count = sum(1 for _ in segments(height, width in memory.covariances, memory.eager))
     packed = reader.take((count + 1) // 2)
     choices = [choice for byte in packed for choice in (byte & 15, byte >> 4)][:count]
     if max(choices, default=0) > NO_PREDICTION:

@@ -22,7 +22,7 @@ from kcomplex.estimators.symbols import Shape, Symbols, symbol_dtype, symbol_sha
 from kcomplex.weights import tensor_from_words, values_of, word_dtype, words_of
 
 from ..transforms.palette import Palette, index_dtype
-from .differences import DifferenceMemory, DifferenceMix, GivenNumbers, new_difference_memory
+from .differences import DifferenceMemory, DifferenceMix, GivenNumbers, have_places, new_difference_memory
 from .floats import FORMATS, FloatFormat, FloatMix, new_float_memory
 from .integers import LARGEST, IntegerMix, new_integer_memory
 from .line import ordinary
@@ -199,7 +199,7 @@ class MixStream:
                 return None
             symbols = ordered_words(words, dtype).view(symbol_dtype(dtype)).reshape(symbol_shape(dtype, shape))
             return self._integer_differences(symbols, _given_numbers(dtype, known))
-        if dtype is torch.float64 and ((words << np.uint64(1)) >> np.uint64(63)).any():
+        if not have_places(words, FORMATS[dtype]):
             return None
         shaped = words.reshape(shape)
         side, (indices,) = Palette().split(shaped)

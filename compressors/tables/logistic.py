@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from kcomplex.machine.compiled import compiled
+from kcomplex.machine.compiled import inlined
 
 # Stretched probabilities ln(p / (1 - p)) are counted in 1/2048; beyond +-12 a 16-bit probability says no more.
 STRETCH_UNIT = 2048
@@ -126,14 +126,14 @@ def _density(z: NDArray[np.float64]) -> NDArray[np.float64]:
     return exponential(-np.minimum(z * z / 2, 690.0))
 
 
-@compiled
+@inlined
 def natural_log(x: float, table: NDArray[np.float64]) -> float:
     """Return ln(x) of a positive number within 1.3e-4, from `Tables.log`."""
     mantissa, exponent = math.frexp(x)
     return float(table[int((mantissa - 0.5) * 8192.0)]) + (exponent - 1) * 0.6931471805599453
 
 
-@compiled
+@inlined
 def natural_power(x: float, table: NDArray[np.float64]) -> float:
     """Return e**x within 2e-6 of it, from `Tables.exp`; x is cut off at the table's ends."""
     place = (x + 20.0) * 256.0
@@ -145,7 +145,7 @@ def natural_power(x: float, table: NDArray[np.float64]) -> float:
     return float(table[index] + (table[index + 1] - table[index]) * (place - index))
 
 
-@compiled
+@inlined
 def tail(t: float, table: NDArray[np.float64]) -> float:
     """Return P(X > t) for t >= 0, from `Tables.laplace` or `Tables.normal`."""
     place = t * 64.0
@@ -155,13 +155,13 @@ def tail(t: float, table: NDArray[np.float64]) -> float:
     return float(table[index] + (table[index + 1] - table[index]) * (place - index))
 
 
-@compiled
+@inlined
 def survival(t: float, table: NDArray[np.float64]) -> float:
     """Return P(X > t) for any t."""
     return tail(t, table) if t >= 0.0 else 1.0 - tail(-t, table)
 
 
-@compiled
+@inlined
 def mass(a: float, b: float, table: NDArray[np.float64]) -> float:
     """Return P(a < X < b), from the tail where it keeps its digits."""
     if a < 0.0 and b <= 0.0:

@@ -12,6 +12,10 @@ from numba.extending import intrinsic
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
 
+_PROMISES = {"nogil": True, "cache": True, "error_model": "numpy", "forceinline": True}
+# Its stubs lack options that numba documents.
+_njit: Callable[..., Any] = numba.njit
+
 
 def compiled(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
     """Return a function compiled on its first call; later processes find it in a cache.
@@ -22,7 +26,20 @@ def compiled(function: Callable[Parameters, Result]) -> Callable[Parameters, Res
     on every machine, which streams rely on. What libraries approximate (``exp``, ``log``) isn't, and must not decide a
     stream.
     """
-    decorate = numba.njit(nogil=True, cache=True, error_model="numpy", forceinline=True)
+    return cast(Callable[Parameters, Result], _njit(**_PROMISES)(function))
+
+
+def compiled_in_place(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+    """Return a function compiled as `compiled` does, but that makes no arrays, nor returns any.
+
+    It doesn't count who uses its arrays: in models that hand many of them around, counting takes as long as the model.
+    """
+    return cast(Callable[Parameters, Result], _njit(_nrt=False, **_PROMISES)(function))
+
+
+def inlined(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+    """Return a part of functions that are `compiled_in_place`: only they can call it, and it compiles sooner."""
+    decorate = _njit(_nrt=False, no_cpython_wrapper=True, no_cfunc_wrapper=True, **_PROMISES)
     return cast(Callable[Parameters, Result], decorate(function))
 
 

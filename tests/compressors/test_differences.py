@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kcomplex as kc
-from kcomplex.compressors.mix.difference_rows import nearest, number
+from kcomplex.compressors.mix.difference_rows import nearest_places, numbers_of
 from kcomplex.compressors.mix.float_rows import Fields
 from kcomplex.compressors.mix.floats import FORMATS, octave_and_powers
 from kcomplex.compressors.mix.line import Line, read_line
@@ -95,13 +95,60 @@ def test_every_place_is_the_nearest_to_its_number(dtype: torch.dtype, eighths: i
     fields = Fields(layout.exponent_bits, layout.mantissa_bits, 0, 0, octave, powers)
     infinite = ((1 << layout.exponent_bits) - 1) << layout.mantissa_bits
     places = np.arange(-infinite, infinite)
-    numbers = np.array([number(int(place), fields) for place in places])
+    numbers = numbers_of(places[None, :], fields)[0]
     # Both zeros are the same number.
     assert (np.diff(numbers) >= 0).all()
-    assert np.array_equal([nearest(value, fields) for value in numbers], np.where(places == -1, 0, places))
+    assert np.array_equal(nearest_places(numbers[None, :], fields)[0], np.where(places == -1, 0, places))
     unit = math.ldexp(1.0, -octave - layout.bias)
     words = torch.arange(infinite, dtype=torch.int32).to(torch.int16).view(dtype).double().numpy()
     assert np.array_equal(numbers[infinite:] * unit, words)
+
+
+@pytest.mark.parametrize("eighths", [-7200, -900, -80, 0, 80, 900, 7200])
+def test_places_of_doubles_are_in_order_however_small_or_large(eighths: int) -> None:
+    """Those too small or too large for float64 in units are worth the same."""
+    layout = FORMATS[torch.float64]
+    octave, powers = octave_and_powers(layout, eighths)
+    fields = Fields(layout.exponent_bits, layout.mantissa_bits, 0, 0, octave, powers)
+    near = np.array([-(1 << 40), -2, -1, 0, 1, 2, 1 << 40])
+    patterns = np.unique(((np.arange(1, 2047) << 52)[:, None] + near).reshape(-1))
+    places = np.concatenate([-patterns[::-1] - 1, [-1, 0], patterns])
+    numbers = numbers_of(places[None, :], fields)
+    assert np.isfinite(numbers).all()
+    assert (np.diff(numbers) >= 0).all()
+    found = nearest_places(numbers, fields)
+    assert (np.diff(found) >= 0).all()
+    assert np.array_equal(numbers_of(found, fields), numbers)
+
+
+@pytest.mark.parametrize("spec", ["mix", "lin"])
+def test_doubles_next_to_nothing_come_back(spec: str) -> None:
+    base = (0.1 * gaussian(100, 40)).double()
+    tiny = torch.rand(100, 40, generator=torch.Generator().manual_seed(1)) < 0.3
+    old = torch.where(tiny, torch.full((), 2.0**-1015, dtype=torch.float64), base)
+    new = old + torch.where(tiny, 0.0, 1e-3 * gaussian(100, 40, seed=2)).double()
+    assert bits(new, spec, old) < 48 * new.numel()
+    assert bits(1e200 * old, spec, old) < 64 * new.numel() + 1000
+
+
+@pytest.mark.parametrize("largest", [2.0, 1e100, -1e100])
+def test_one_large_double_leaves_the_others_what_is_given(largest: float) -> None:
+    old = 0.3 * gaussian(200, 100).double().clamp(-6, 6)
+    new = old + 1e-6 * gaussian(200, 100, seed=1).double()
+    old[0, 0] = new[0, 0] = 1.99
+    usual = bits(new, "lin", old)
+    old[0, 0] = new[0, 0] = largest
+    assert bits(new, "lin", old) < usual + 500
+
+
+def test_doubles_of_every_size_come_back() -> None:
+    """Those that are too many sizes apart for their places to be counted are coded alone."""
+    old = gaussian(40, 20).double()
+    for extreme in (torch.inf, torch.nan, 1e-300, 1e300, -1e-300, 5e-324):
+        new = old + 1e-6
+        new[3, 4] = extreme
+        assert bits(new, "lin", old) < 64 * new.numel() + 1000
+        assert bits(0.01 * new, "lin", old) < 64 * new.numel() + 1000
 
 
 @given(st.integers(-(1 << 59), 1 << 59), st.integers(-900, 900), st.integers(-9, 9), st.integers(-9, 9))
@@ -113,6 +160,12 @@ def test_lines_come_back(factor: int, bits_: int, offset: int, offset_bits: int)
 def test_a_line_out_of_range_is_refused() -> None:
     with pytest.raises(StreamError, match="out of range"):
         read_line(Reader(Line(1, 2000).to_bytes()), False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_floats_of_eight_bits_are_given_too(dtype: torch.dtype) -> None:
+    old = gaussian(200, 60)
+    assert bits((old + 0.01 * gaussian(200, 60, seed=5)).to(dtype), "mix", old) < 1.0 * old.numel()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])

@@ -20,10 +20,14 @@ from kcomplex.compressors.mix.binary_coder import (
     start_decoding,
     start_encoding,
 )
+from kcomplex.compressors.mix.differences import DifferenceMix, GivenNumbers, new_difference_memory
+from kcomplex.compressors.mix.floats import FORMATS, FloatMix, new_float_memory
+from kcomplex.compressors.mix.integers import IntegerMix, new_integer_memory
 from kcomplex.compressors.mix.linear_prediction import Covariance, factor_in_place, windows
 from kcomplex.compressors.mix.mix import Lin, Mix
 from kcomplex.compressors.tables.logistic import exponential, logarithm, tables
 from kcomplex.errors import StreamError
+from kcomplex.weights import words_of
 from tests.compressors.streams import Stream, decoded, encoded
 
 DTYPES = [np.dtype(kind + str(size)) for kind in "iu" for size in (1, 2, 4, 8)]
@@ -90,6 +94,45 @@ def test_every_shape_comes_back(coder, shape):
     assert np.array_equal(decoded(coder, data, shape, symbols.dtype), symbols)
 
 
+@pytest.mark.parametrize("new_memory", [new_integer_memory, new_float_memory, new_difference_memory])
+def test_a_copy_knows_the_same_and_learns_for_itself(new_memory):
+    floats = torch.randn(60, 20, generator=torch.Generator().manual_seed(0))
+    base = 0.9 * floats.numpy().reshape(-1)
+
+    def encode(memory):
+        if new_memory is new_difference_memory:
+            coder = DifferenceMix(FORMATS[torch.float32], True, memory, GivenNumbers(base))
+        elif new_memory is new_float_memory:
+            coder = FloatMix(FORMATS[torch.float32], True, memory)
+        else:
+            coder = IntegerMix(True, memory)
+        symbols = correlated(60, 20, 9.0) if new_memory is new_integer_memory else words_of(floats).reshape(60, 20)
+        return b"".join(part.data for part in coder.encode_parts(symbols))
+
+    memory = new_memory()
+    first = encode(memory)
+    copy = memory.copy()
+    second = encode(copy)
+    assert encode(copy) != second
+    assert encode(memory.copy()) == second == encode(memory)
+    fresh = new_memory()
+    assert encode(fresh) == first
+    memory.become(fresh)
+    assert encode(memory) == second
+
+
+def test_a_copy_takes_what_was_used():
+    """Trials copy what tensors before them have taught: most of their room is never used."""
+    memory = new_integer_memory()
+    for seed in range(3):
+        IntegerMix(False, memory).encode_parts(correlated(20, 10, 9.0, seed))
+    mixer, other = memory.mixer, memory.copy().mixer
+    assert np.array_equal(mixer.maps, other.maps)
+    assert 0 < mixer.used.mean() < 0.3
+    pieces = mixer.maps.reshape(mixer.used.size, -1)
+    assert not pieces[mixer.used == 0].any()
+
+
 def test_windows_of_wide_matrices_are_predicted_each_by_itself():
     assert windows(1024) == [(0, 1024)]
     assert windows(1025) == [(0, 513), (513, 1025)]
@@ -109,6 +152,18 @@ def test_linear_prediction_finds_what_columns_share():
     symbols = correlated(2000, 48, 20.0)
     assert len(encoded(Lin(), symbols)) < 0.75 * len(encoded(Mix(), symbols))
     assert len(encoded(Lin(), symbols.T)) < 0.75 * len(encoded(Mix(), symbols))
+
+
+@pytest.mark.parametrize("bits", [16, 18, 19, 31, 40])
+def test_integers_of_any_size_are_predicted(bits):
+    random = np.random.default_rng(0)
+    values = random.standard_normal((300, 8)) @ random.standard_normal((8, 64)) + 0.1 * random.standard_normal(
+        (300, 64)
+    )
+    symbols = np.rint(values / np.abs(values).max() * 2**bits).astype(np.int64)
+    data = encoded(Lin(), symbols)
+    assert 8 * len(data) < 8 * len(encoded(Mix(), symbols)) - 2.5 * symbols.size
+    assert np.array_equal(decoded(Lin(), data, symbols.shape, symbols.dtype), symbols)
 
 
 def test_scales_of_rows_and_columns_are_found():
