@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+import shutil
+import threading
 
 import numpy as np
 import pandas as pd
@@ -21,6 +23,7 @@ from kcomplex.tracking.snapshot import open_snapshot
 from kcomplex.tracking.store import RunStore
 from kcomplex.tracking.tracker import TrackingWarning, attach
 from kcomplex.tracking.worker import measure_pending
+from tests.children import PATIENCE
 
 
 def snapshots(tracker):
@@ -342,10 +345,12 @@ def test_a_snapshot_file_that_is_gone_is_an_event(track, finish):
 
 
 def test_a_folder_that_is_deleted_stops_nothing(track, train):
-    import shutil
-
     tracker = track(every=1)
     train(1)
+    # A file that is written meanwhile would keep the folder.
+    idle = threading.Event()
+    tracker._writer._put(lambda store: idle.set())
+    assert idle.wait(PATIENCE)
     shutil.rmtree(tracker.run)
     train(3)
     tracker.log(accuracy=1.0)
