@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.children import run as run_child
+
 Install = Callable[[Path, Path], None]
 Python = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -20,10 +22,8 @@ def install() -> Install:
 
     def install_into(project: Path, target: Path) -> None:
         command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
-        answer = subprocess.run(
+        answer = run_child(
             [*command, "--disable-pip-version-check", "--target", str(target), str(project)],
-            capture_output=True,
-            text=True,
             check=False,
         )
         assert answer.returncode == 0, answer.stderr
@@ -39,8 +39,6 @@ def python() -> Python:
         environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
         if path is not None:
             environment["PYTHONPATH"] = str(path)
-        return subprocess.run(
-            [sys.executable, *arguments], capture_output=True, text=True, check=False, cwd=cwd, env=environment
-        )
+        return run_child([sys.executable, *arguments], check=False, cwd=cwd, env=environment)
 
     return run

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import kcomplex as kc
+from tests.children import run as run_child
 
 Python = Callable[..., "subprocess.CompletedProcess[str]"]
 ROOT = Path(__file__).resolve().parents[2]
@@ -62,11 +63,8 @@ def test_the_installed_package_needs_no_checkout_folder(tmp_path: Path, python: 
 
 
 def test_the_checkout_imports_without_an_installation() -> None:
-    answer = subprocess.run(
+    answer = run_child(
         [sys.executable, "-c", "import kcomplex.compressors, kcomplex.analyses; print(kcomplex.compressors.__file__)"],
-        capture_output=True,
-        text=True,
-        check=True,
         cwd=ROOT,
     )
     assert Path(answer.stdout.strip()).resolve() == ROOT / "compressors" / "__init__.py"
@@ -75,7 +73,7 @@ def test_the_checkout_imports_without_an_installation() -> None:
 def test_importing_kcomplex_loads_nothing_heavy() -> None:
     heavy = "{'torch', 'pandas', 'matplotlib', 'scipy', 'sklearn', 'joblib', 'rich'}"
     script = f"import sys, kcomplex; print(sorted({heavy} & set(sys.modules)))"
-    answer = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    answer = run_child([sys.executable, "-c", script])
     assert answer.stdout.strip() == "[]"
 
 
@@ -92,9 +90,7 @@ def test_the_public_surface_is_small_and_real() -> None:
 @pytest.mark.slow
 def test_the_type_checker_sees_compressors(tmp_path: Path) -> None:
     """An error planted in compressors/ must be found: editable installs hide mapped folders from type checkers."""
-    layout = subprocess.run(
-        [sys.executable, str(ROOT / "tests" / "type_tree.py"), str(tmp_path / "tree")], capture_output=True, check=True
-    )
+    layout = run_child([sys.executable, str(ROOT / "tests" / "type_tree.py"), str(tmp_path / "tree")], check=True)
     assert not layout.stderr
     compressors = tmp_path / "tree" / "kcomplex" / "compressors"
     compressors.unlink()
@@ -102,7 +98,7 @@ def test_the_type_checker_sees_compressors(tmp_path: Path) -> None:
     settings = str(ROOT / "pyproject.toml")
     with (compressors / "general" / "raw.py").open("a") as file:
         file.write("\n\nPLANTED: int = Raw()\n")
-    answer = subprocess.run(
+    answer = run_child(
         [
             sys.executable,
             "-m",
@@ -112,8 +108,6 @@ def test_the_type_checker_sees_compressors(tmp_path: Path) -> None:
             "-m",
             "kcomplex.compressors.general.raw",
         ],
-        capture_output=True,
-        text=True,
         cwd=tmp_path / "tree",
         check=False,
     )
