@@ -5,13 +5,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Annotated, Any, Self
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
 from kcomplex.cli.output import errors, output_format, write_frame
+from kcomplex.machine.closing import Closing
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -144,21 +144,13 @@ def _experiment(config: Path | None, run: Path | None, options: dict[str, Any]) 
     return experiment_from({**values, **options}, where), folder
 
 
-class _Bars:
+class _Bars(Closing):
     """A bar for the epochs of each run. It ends with the last epoch: then the tracker shows one for its measuring."""
 
     def __init__(self) -> None:
         self._name = ""
         self._task = TaskID(0)
         self._bar: Progress | None = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._end()
 
     def show(self, experiment: Experiment, epoch: int, metrics: Mapping[str, float]) -> None:
         """Show how far an experiment is."""
@@ -169,10 +161,10 @@ class _Bars:
             accuracy = f"test accuracy {metrics['accuracy']:.1%}"
             self._bar.update(self._task, completed=epoch, accuracy=accuracy)
         if epoch == total:
-            self._end()
+            self.close()
 
     def _begin(self, name: str, total: int) -> None:
-        self._end()
+        self.close()
         self._name = name
         columns = (
             TextColumn("{task.description:<16}", markup=False),
@@ -186,7 +178,7 @@ class _Bars:
         self._task = self._bar.add_task(name, total=total, accuracy="")
         self._bar.start()
 
-    def _end(self) -> None:
+    def close(self) -> None:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None

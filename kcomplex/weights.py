@@ -8,14 +8,14 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import partial
-from types import TracebackType
-from typing import Any, Self, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from kcomplex.errors import WeightsError
+from kcomplex.machine.closing import Closing
 
 Words: TypeAlias = NDArray[np.unsignedinteger[Any]]
 
@@ -178,7 +178,7 @@ class SkippedTensor:
     dtype: str = ""
 
 
-class Weights(Mapping[str, TensorHandle]):
+class Weights(Closing, Mapping[str, TensorHandle]):
     """The named tensors of one source, sorted by name so that every format gives the same order.
 
     Parameters
@@ -283,14 +283,6 @@ class Weights(Mapping[str, TensorHandle]):
     def close(self) -> None:
         """Close the files behind the weights; reading a tensor afterwards is an error."""
         self._resources.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _some_names(self) -> str:
         names = list(self._tensors)

@@ -10,13 +10,11 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from threading import Lock
-from types import TracebackType
-from typing import BinaryIO, Self
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -31,11 +29,12 @@ from kcomplex.estimators.pipeline import build_decoder, build_estimator
 from kcomplex.estimators.structure import TensorEntry, entries_of
 from kcomplex.kcz.index import HEAD, Notes, PieceStream, digest_of, encode_index, read_index
 from kcomplex.kcz.pieces import Piece, handles_of
+from kcomplex.machine.closing import Closing
 from kcomplex.machine.files import beside, refuse_overwriting, replacing
 from kcomplex.machine.limits import require_memory
 from kcomplex.machine.parallel import in_order
 from kcomplex.sources.formats.safetensors_file import original_layout, safetensors_header
-from kcomplex.sources.open import Source, open_weights
+from kcomplex.sources.open import Source, opened
 from kcomplex.weights import TensorHandle, Weights, Words, squared_error, word_dtype, words_of
 
 # Weights a piece.
@@ -83,9 +82,7 @@ def encode(
     target = Path(path)
     refuse_overwriting(target, source, given)
     try:
-        # A caller's weights stay open.
-        opened = nullcontext(source) if isinstance(source, Weights) else open_weights(source)
-        with opened as weights, replacing(target) as temporary:
+        with opened(source) as weights, replacing(target) as temporary:
             notes = _layout_of(source, weights)
             size, outcome = _write(temporary, weights, code, notes, jobs, progress)
             for rival in code.rivals(outcome):
@@ -143,7 +140,7 @@ def _write_streams(
     return 8.0 * len(index), tuple(choice for told in streams.values() for length, choice in told if length)
 
 
-class Container:
+class Container(Closing):
     """An open ``.kcz`` file: what it says without decoding, and its tensors one by one.
 
     Parameters
@@ -283,14 +280,6 @@ class Container:
         """Close the file."""
         self._file.close()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
 
 def decode(
     path: str | os.PathLike[str],
@@ -374,17 +363,17 @@ def verify(
             for _ in container.pieces(jobs):
                 pass
         else:
-            _compare(container, source, jobs)
+            with opened(source) as weights:
+                _compare(container, weights, _layout_of(source, weights), jobs)
         elements = sum(math.prod(entry.shape) for entry in container.entries)
         return sum(container.notes.inexact.values()) / max(elements, 1)
 
 
-def _compare(container: Container, source: Source, jobs: int) -> None:
-    """Check that a container holds what a source does; see `verify`."""
-    path, weights = container.path, open_weights(source)
+def _compare(container: Container, weights: Weights, notes: Notes, jobs: int) -> None:
+    """Check that a container holds weights, metadata and order; see `verify`."""
+    path = container.path
     if list(weights) != [entry.names[0] for entry in container.entries]:
         raise VerificationError(f"{path}: it holds other tensors than {weights.source}")
-    notes = _layout_of(source, weights)
     if (dict(notes.metadata), notes.order) != (dict(container.notes.metadata), container.notes.order):
         raise VerificationError(f"{path}: it holds other metadata, or another order, than {weights.source}")
     for entry in container.entries:

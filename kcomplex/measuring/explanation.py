@@ -16,7 +16,7 @@ from kcomplex.estimators.pipeline import build_estimators
 from kcomplex.estimators.quantised import QuantisedCode, QuantisedLength, quantised_weights
 from kcomplex.measuring.floor import TensorFloor, tensor_floor
 from kcomplex.measuring.shuffling import shuffled_weights
-from kcomplex.sources.open import Source, open_weights
+from kcomplex.sources.open import Source, opened
 from kcomplex.weights import TensorHandle, Weights
 
 if TYPE_CHECKING:
@@ -108,8 +108,7 @@ def explain(
     ['floor', 'shuffled weights', 'weights']
     """
     built = build_estimators(estimators, given)
-    weights = open_weights(source, include, exclude)
-    try:
+    with opened(source, include, exclude) as weights:
         floors: dict[str, tuple[TensorFloor, ...]] = {}
         explanations = []
         for estimator in built:
@@ -129,10 +128,6 @@ def explain(
                 shuffled = estimator.describe(shuffled_weights(weights, shuffle), jobs=jobs, progress=named)
             explanations.append(Explanation(description, floors.get(label, ()), shuffled))
         return tuple(explanations)
-    finally:
-        # A selection of the caller's weights shares their files.
-        if not isinstance(source, Weights):
-            weights.close()
 
 
 def fold_short_tensors(frame: pd.DataFrame, most: int, least: float = 0.0) -> pd.DataFrame:

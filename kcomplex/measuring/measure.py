@@ -10,8 +10,8 @@ from kcomplex.estimators.estimator import Estimator
 from kcomplex.estimators.given import GivenSource
 from kcomplex.estimators.pipeline import build_estimators
 from kcomplex.measuring.descriptions import Descriptions
-from kcomplex.sources.open import Source, open_weights
-from kcomplex.weights import TensorHandle, Weights
+from kcomplex.sources.open import Source, opened
+from kcomplex.weights import TensorHandle
 
 DEFAULT_ESTIMATORS = ("raw", "zstd", "planes|zstd", "palette|entropy")
 
@@ -57,13 +57,8 @@ def describe(
     'code'
     """
     built = build_estimators(estimators, given)
-    weights = open_weights(source, include, exclude, trainable=trainable)
-    try:
+    with opened(source, include, exclude, trainable=trainable) as weights:
         return Descriptions(
             item.describe(weights, jobs=jobs, progress=None if progress is None else partial(progress, item))
             for item in built
         )
-    finally:
-        # A selection of the caller's weights shares their files.
-        if not isinstance(source, Weights):
-            weights.close()

@@ -17,7 +17,7 @@ from kcomplex.estimators.pipeline import build_decoder, build_estimator
 from kcomplex.estimators.relative import GivenCode
 from kcomplex.estimators.structure import decode_structure, encode_structure, entries_of
 from kcomplex.machine.limits import require_memory
-from kcomplex.sources.open import Source, open_weights
+from kcomplex.sources.open import Source, opened
 from kcomplex.weights import TensorHandle, Weights, squared_error, words_of
 
 
@@ -37,11 +37,11 @@ def encode_checkpoint(source: Source, estimator: str | Estimator | Coder, *, giv
     code = build_estimator(estimator, given)
     if not isinstance(code, Code):
         raise WeightsError(f"{code.spec!r} is of kind {code.kind}: it has no stream that could be decoded")
-    weights = open_weights(source)
-    stream, outcome = _encoded(weights, code)
-    for rival in code.rivals(outcome):
-        stream = min(stream, _encoded(weights, rival)[0], key=len)
-    return stream
+    with opened(source) as weights:
+        stream, outcome = _encoded(weights, code)
+        for rival in code.rivals(outcome):
+            stream = min(stream, _encoded(weights, rival)[0], key=len)
+        return stream
 
 
 def _encoded(weights: Weights, code: Code) -> tuple[bytes, Outcome]:
@@ -113,7 +113,11 @@ def prove(source: Source, description: Description, *, given: GivenSource | None
     WeightsError
         The estimator has no decoder.
     """
-    weights = open_weights(source)
+    with opened(source) as weights:
+        _prove(weights, description, given)
+
+
+def _prove(weights: Weights, description: Description, given: GivenSource | None) -> None:
     code = build_estimator(description.estimator, given)
     data = encode_checkpoint(weights, code)
     try:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,8 +18,7 @@ from kcomplex.kcz.container import Container, encode
 from kcomplex.machine.files import refuse_overwriting
 from kcomplex.quantising.step_search import DEFAULT_ESTIMATOR, EVALUATIONS, WITHIN, Steps
 from kcomplex.quantising.step_trials import Evaluate, Progress, Trials
-from kcomplex.sources.open import Source, open_weights
-from kcomplex.weights import Weights
+from kcomplex.sources.open import Source, opened
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -161,7 +159,7 @@ def quantise(
     code = _searchable(estimator)
     _check_wishes(mse, bits, evaluate, within, evaluations)
     refuse_overwriting(Path(path), source)
-    with nullcontext(source) if isinstance(source, Weights) else open_weights(source) as weights:
+    with opened(source) as weights:
         trials = Trials(source, weights, code, jobs, progress)
         if evaluate is not None:
             outcome, baseline, limit = trials.by_loss(evaluate, within, evaluations)

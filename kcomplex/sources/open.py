@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from os import PathLike, fspath
 from typing import TypeAlias
 
@@ -64,3 +65,21 @@ def open_weights(
                 weights.close()
             raise
     return weights
+
+
+@contextmanager
+def opened(
+    source: Source,
+    include: str | Iterable[str] = (),
+    exclude: str | Iterable[str] = (),
+    *,
+    trainable: bool | None = None,
+) -> Iterator[Weights]:
+    """Yield the weights of a source, see `open_weights`; close what was opened for it, but not a caller's weights."""
+    weights = open_weights(source, include, exclude, trainable=trainable)
+    try:
+        yield weights
+    finally:
+        # A selection of the caller's weights shares their files.
+        if not isinstance(source, Weights):
+            weights.close()

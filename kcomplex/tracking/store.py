@@ -11,10 +11,10 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from kcomplex.errors import RunError
+from kcomplex.machine.closing import Closing
 from kcomplex.tracking.database import (
     DATABASE,
     SCHEMA_VERSION,
@@ -63,7 +63,7 @@ class SnapshotRow:
     skipped: Iterable[Any] = ()
 
 
-class RunStore:
+class RunStore(Closing):
     """A run's database, through one connection of one thread.
 
     Rows are only ever added; what changes in place is the state of a snapshot and the status of the run. SQLite's
@@ -150,14 +150,6 @@ class RunStore:
     def close(self) -> None:
         """Close the connection."""
         self._connection.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     @property
     def connection(self) -> sqlite3.Connection:
