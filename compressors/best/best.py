@@ -39,7 +39,7 @@ _RAW, _ENTROPY, _MOSAIC = map(_MEMBERS.index, ("raw", "entropy", "mosaic|entropy
 # The share of a stream that its structure takes from which one member for all is tried, of the commonest so many.
 _TOLD, _MOST_RIVALS = 1e-3, 2
 _FAST = ("raw", "entropy", "palette|context", "planes|entropy", "planes|context", "planes|zstd", "mosaic|entropy")
-_TIERS = {
+_TIERS: dict[Literal["fast", "tight"], tuple[int, ...]] = {
     "fast": tuple(map(_MEMBERS.index, _FAST)),
     "tight": tuple(range(len(_MEMBERS))),
 }
@@ -48,11 +48,18 @@ _RIVALS = tuple(map(_MEMBERS.index, ("palette|entropy", "planes|zstd", "palette|
 
 
 class BestMemory(Memory):
-    """The memories of a portfolio's members, by their place in it."""
+    """The memories of a portfolio's members, by their place in it.
+
+    Attributes
+    ----------
+    used
+        Places of the members that code a tensor.
+    """
 
     def __init__(self, shared: bytes = b"") -> None:
         super().__init__(shared)
         self._members: dict[int, Memory] = {}
+        self.used: set[int] = set()
 
     def member(self, place: int) -> Memory:
         """Return the memory of a member; made when it is first asked for."""
@@ -65,13 +72,15 @@ class BestMemory(Memory):
         return self.member(place).copy()
 
     def keep(self, place: int, learned: Memory) -> None:
-        """Keep what a member has learned in a trial."""
+        """Keep what a member has learned from a tensor that it codes."""
         self._members[place] = learned
+        self.used.add(place)
 
     def copy(self) -> BestMemory:
         """Return a memory that knows the same and learns for itself."""
         copy = BestMemory(self.shared)
         copy._members = {place: memory.copy() for place, memory in self._members.items()}
+        copy.used = set(self.used)
         return copy
 
 
@@ -133,8 +142,9 @@ class Best(Code):
         return BestMemory(shared)
 
     def stream_spec(self, memory: Memory) -> str:
-        """Return the name alone: the decoder is that of every tier."""
-        return self.name
+        """Return the first tier that has all members that were used."""
+        assert isinstance(memory, BestMemory)
+        return next(Best(tier).full_spec for tier, places in _TIERS.items() if memory.used <= set(places))
 
     def rivals(self, outcome: Outcome) -> tuple[Code, ...]:
         """Return one member for all tensors, of those by which the stream may be shorter on the whole.
@@ -145,8 +155,9 @@ class Best(Code):
         used = {choice % RELATIVE for choice in outcome.choices}
         places = {place for place in _TIERS[self.tier] if _member(place).sequential}
         if outcome.structure_bits > _TOLD * outcome.bits:
-            commonest = Counter(choice % RELATIVE for choice in outcome.choices).most_common(_MOST_RIVALS)
-            places |= {_RAW, _ENTROPY, *(place for place, _ in commonest)} - {_MOSAIC}
+            counts = Counter(choice % RELATIVE for choice in outcome.choices)
+            commonest = sorted(counts, key=lambda place: (-counts[place], place))[:_MOST_RIVALS]
+            places |= {_RAW, _ENTROPY, *commonest} - {_MOSAIC}
         return tuple(_OneForAll(self, place) for place in sorted(places) if used != {place})
 
     def encode(self, handle: TensorHandle, memory: Memory, known: torch.Tensor | None = None) -> EncodedTensor:
@@ -197,7 +208,7 @@ class Best(Code):
                 raise StreamError(f"best: {len(data)} bytes of a tensor without weights")
             return torch.zeros(entry.shape, dtype=entry.dtype)
         relative, place = divmod(entry.choice, RELATIVE)
-        if place >= len(_MEMBERS) or (relative and (known is None or place == _MOSAIC)):
+        if place not in _TIERS[self.tier] or (relative and (known is None or place == _MOSAIC)):
             raise StreamError("best: the stream names a member that the portfolio hasn't")
         code, learned = _member(place), memory.member(place)
         if not relative:
@@ -253,6 +264,7 @@ class _OneForAll(Code):
         if not handle.elements:
             return EncodedTensor([])
         code, learned = _member(self.place), memory.member(self.place)
+        memory.keep(self.place, learned)
         if known is None or _predicts(self.place):
             encoded = code.encode(handle, learned, known)
             return replace(encoded, choice=self.place + (0 if known is None else RELATIVE))

@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from kcomplex.errors import StreamError
+from kcomplex.errors import StreamError, WeightsError
 from kcomplex.estimators.structure import Reader, join_lengths, varint
 from kcomplex.estimators.symbols import Shape, Symbols
 
@@ -24,6 +24,8 @@ _DTYPES = tuple(np.dtype(name) for name in ("u1", "u2", "u4", "u8", "i1", "i2", 
 # Added to a dtype's number: the shape is the former one; what follows is alike.
 _SAME_SHAPE, _ALL_ALIKE = 8, 16
 _MOST_ARRAYS = 64
+# A stage makes at most so many times the bytes, and some, of what it was given.
+_MOST_GROWTH, _SMALL = 8, 1 << 12
 _MOST_DIMENSIONS = 64
 
 
@@ -33,11 +35,25 @@ def tell_arrays(arrays: Sequence[Symbols], shape: Shape, dtype: np.dtype[Any]) -
     Parameters
     ----------
     arrays
-        At most 64.
+        1 to 64, of native integer dtypes.
     shape, dtype
         Of the integers that the arrays were made of.
+
+    Raises
+    ------
+    WeightsError
+        There are none, or too many, or they are too large or of another dtype.
     """
     forms = [_form(array) for array in arrays]
+    if not 1 <= len(forms) <= _MOST_ARRAYS or any(own not in _DTYPES for _, own in forms):
+        found = ", ".join(f"{own} {own_shape}" for own_shape, own in forms[:3])
+        raise WeightsError(
+            f"a stage made {len(forms)} arrays ({found}): it may make 1 to {_MOST_ARRAYS} of native integers"
+        )
+    try:
+        _require_size(forms, shape, dtype)
+    except StreamError as error:
+        raise WeightsError(f"a stage made arrays that can't be told: {error}") from error
     for number in (_AS_BEFORE, _BYTES, _BYTE_PLANES):
         if forms == _usual(number, shape, dtype):
             return number, b""
@@ -78,6 +94,7 @@ def read_arrays(number: int, reader: Reader, shape: Shape, dtype: np.dtype[Any])
         own = shape if mark & _SAME_SHAPE else _read_shape(reader, shape)
         form = own, _DTYPES[mark % len(_DTYPES)]
         forms += [form] * (count - len(forms) if mark & _ALL_ALIKE else 1)
+    _require_size(forms, shape, dtype)
     return forms
 
 
@@ -114,6 +131,14 @@ def _read_shape(reader: Reader, shape: Shape) -> Shape:
 
 def _possible(own: Shape, shape: Shape) -> Shape:
     """Return a shape after checking that no stage makes more of integers than an array of their bits."""
-    if math.prod(own) > 64 * (math.prod(shape) + 1):
+    if math.prod(max(side, 1) for side in own) > 64 * (math.prod(shape) + 1):
         raise StreamError(f"an array of shape {own} made of {math.prod(shape)} integers: the stream is corrupted")
     return own
+
+
+def _require_size(forms: Sequence[Form], shape: Shape, dtype: np.dtype[Any]) -> None:
+    """Refuse arrays that take much more memory than what they were made of."""
+    size = sum(math.prod(own) * kind.itemsize for own, kind in forms)
+    before = math.prod(shape) * dtype.itemsize
+    if size > _MOST_GROWTH * before + _SMALL:
+        raise StreamError(f"arrays of {size} bytes made of {before} bytes: the stream is corrupted")

@@ -7,7 +7,7 @@ import time
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -16,12 +16,14 @@ from kcomplex.errors import StreamError
 from kcomplex.estimators.coder import Coder, Part, size_of
 from kcomplex.estimators.description import STRUCTURE, Description, Kind
 from kcomplex.estimators.differences import from_word_differences, word_differences
-from kcomplex.estimators.duplicates import find_duplicates, without
+from kcomplex.estimators.duplicates import Distinct, distinct_weights
 from kcomplex.estimators.estimator import Estimator, Progress, TensorLength, describe_tensors, sum_parts
 from kcomplex.estimators.spec import full_spec_of, spec_of
 from kcomplex.estimators.structure import TensorEntry, join_lengths, split_lengths
 from kcomplex.estimators.symbols import Shape, Symbols, piece_count, pieces, symbol_dtype, symbol_shape, symbols_of
 from kcomplex.weights import TensorHandle, Weights, dtype_name, tensor_from_words, word_dtype
+
+Result = TypeVar("Result")
 
 # What the first byte of a tensor's stream says, where a coder is given a tensor that it has no use of its own for.
 _PLAIN, _DIFFERENCE = 0, 1
@@ -160,15 +162,14 @@ class Code(Estimator):
     def describe(self, weights: Weights, *, jobs: int = 1, progress: Progress | None = None) -> Description:
         """Return the description of the shortest stream; see `Estimator.describe`. Codes pay for the structure."""
         start = time.perf_counter()
-        description, outcome = self._described(weights, jobs, progress)
-        for rival in self.rivals(outcome):
-            other, _ = rival._described(weights, jobs, None)
-            description = min(description, other, key=lambda found: found.value)
+        distinct = distinct_weights(weights)
+        description = shortest(self, lambda code: code._described(weights, distinct, jobs, progress))
         return replace(description, seconds=time.perf_counter() - start)
 
-    def _described(self, weights: Weights, jobs: int, progress: Progress | None) -> tuple[Description, Outcome]:
-        originals = find_duplicates(weights)
-        shared = self.prepare(without(weights, originals))
+    def _described(
+        self, weights: Weights, distinct: Distinct, jobs: int, progress: Progress | None
+    ) -> tuple[Description, Outcome]:
+        shared = self.prepare(distinct.weights)
         memory = self.memory(shared)
         choices: dict[str, int] = {}
 
@@ -182,14 +183,15 @@ class Code(Estimator):
         description = describe_tensors(
             self,
             weights,
-            originals,
+            distinct.originals,
             measure,
-            stream_spec=self.stream_spec(memory),
+            stream_spec=lambda: self.stream_spec(memory),
             shared=shared,
             jobs=1 if self.sequential and jobs else jobs,
             progress=progress,
         )
-        return description, Outcome(description.value, description.parts[STRUCTURE], tuple(choices.values()))
+        told = tuple(choices[name] for name in weights if name in choices)
+        return description, Outcome(description.value, description.parts[STRUCTURE], told)
 
 
 class SymbolCode(Code):
@@ -295,6 +297,17 @@ class CoderCode(SymbolCode):
     ) -> Symbols:
         """Return what the coder decodes; see `SymbolCode.decode_symbols`."""
         return decode_pieces(data, shape, dtype, lambda piece, size, start: self.coder.decode(piece, size, dtype))
+
+
+def shortest(code: Code, encode: Callable[[Code], tuple[Result, Outcome]]) -> Result:
+    """Return the result of a code or of a rival of it, whichever came out shortest."""
+    result, outcome = encode(code)
+    least = outcome.bits
+    for rival in code.rivals(outcome):
+        other, told = encode(rival)
+        if told.bits < least:
+            result, least = other, told.bits
+    return result
 
 
 def encode_pieces(symbols: Symbols, encode: Callable[[Symbols, int], list[Part]]) -> list[Part]:

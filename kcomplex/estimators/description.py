@@ -38,9 +38,9 @@ class TensorDescription:
         Sum of squared differences to what the decoder gives back; 0 for a lossless estimator.
     exact
         Whether the decoder gives back every bit.
-    same_as
-        Name of the earlier tensor that this one is the same as, or the transpose of, and costs nothing beside; empty
-        for most.
+    same_as, transposed
+        Name of the earlier tensor that this one is the same as, and costs nothing beside; empty for most. Whether it is
+        that one's transpose.
     """
 
     name: str
@@ -53,6 +53,7 @@ class TensorDescription:
     squared_error: float = 0.0
     exact: bool = True
     same_as: str = ""
+    transposed: bool = False
 
 
 @dataclass(frozen=True)

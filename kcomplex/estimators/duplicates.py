@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -13,6 +14,7 @@ from kcomplex.weights import TensorHandle, Weights, words_of
 
 # Shorter tensors cost hardly more than their reference does.
 _FEWEST_BYTES = 4
+_DIGEST_BYTES = 16
 
 
 class Original(NamedTuple):
@@ -30,43 +32,53 @@ class Original(NamedTuple):
     transposed: bool
 
 
-def find_duplicates(weights: Weights) -> dict[str, Original]:
-    """Return the originals of the tensors that equal an earlier one in dtype and bits, in any shape, or transposed.
+class Distinct(NamedTuple):
+    """Weights without the tensors that are the same as earlier ones.
 
-    Only tensors that share dtype and size with another are read, one after another; two are compared where a sum of
-    their words, which no order changes, is the same.
+    Attributes
+    ----------
+    weights
+        The tensors that are left; their files stay those of the weights that they are from.
+    originals
+        Of the tensors that are left out, by name.
+    """
+
+    weights: Weights
+    originals: Mapping[str, Original]
+
+
+def distinct_weights(weights: Weights) -> Distinct:
+    """Return the weights without those that equal an earlier tensor in dtype and bits, in any shape, or transposed.
+
+    Only tensors that share dtype and size with another are read, one after another, and told apart by a sum of their
+    words, which no order changes; those of the same sum by a digest.
     """
     groups: dict[tuple[torch.dtype, int], list[TensorHandle]] = {}
     for handle in weights.values():
         if handle.nbytes >= _FEWEST_BYTES:
             groups.setdefault((handle.dtype, handle.elements), []).append(handle)
-    found: dict[str, Original] = {}
+    originals: dict[str, Original] = {}
     for group in groups.values():
-        earlier: dict[tuple[int, int], list[TensorHandle]] = {}
+        alike: dict[tuple[int, int], list[TensorHandle]] = {}
         for handle in group if len(group) > 1 else ():
-            candidates = earlier.setdefault(_fingerprint(handle), [])
-            original = _equal_one(handle, candidates)
-            if original is None:
-                candidates.append(handle)
-            else:
-                found[handle.name] = original
-    return found
-
-
-def without(weights: Weights, originals: Mapping[str, Original]) -> Weights:
-    """Return the weights that aren't the same as earlier ones; their files stay those of the given weights."""
+            alike.setdefault(_fingerprint(handle), []).append(handle)
+        for handles in alike.values():
+            if len(handles) > 1:
+                originals |= _originals(handles)
     own = [handle for name, handle in weights.items() if name not in originals]
-    return Weights(own, weights.skipped, weights.source) if originals else weights
+    return Distinct(Weights(own, weights.skipped, weights.source) if originals else weights, originals)
 
 
 def duplicate(original: torch.Tensor, shape: tuple[int, ...], transposed: bool) -> torch.Tensor:
-    """Return the tensor of a shape that was found to be the same as another one; it shares no memory with it."""
+    """Return the tensor of a shape that is the same as another one; it shares no memory with it."""
     return (original.t() if transposed else original).contiguous().clone().reshape(shape)
 
 
 def can_be_duplicate(shape: tuple[int, ...], of: tuple[int, ...], transposed: bool) -> bool:
     """Return whether a tensor of a shape may be the same as one of another shape, or as its transpose."""
-    return of[::-1] == shape and len(of) == 2 if transposed else math.prod(shape) == math.prod(of)
+    if transposed:
+        return len(of) == 2 and of[::-1] == shape and min(of) > 1
+    return math.prod(shape) == math.prod(of)
 
 
 def _fingerprint(handle: TensorHandle) -> tuple[int, int]:
@@ -74,15 +86,24 @@ def _fingerprint(handle: TensorHandle) -> tuple[int, int]:
     return int(np.sum(words, dtype=np.uint64)), int(np.bitwise_xor.reduce(words))
 
 
-def _equal_one(handle: TensorHandle, candidates: Iterable[TensorHandle]) -> Original | None:
-    words = None
-    for candidate in candidates:
-        if words is None:
-            words = words_of(handle.read())
-        tensor = candidate.read()
-        if np.array_equal(words, words_of(tensor)):
-            return Original(candidate.name, False)
-        matrices = len(handle.shape) == 2 and handle.shape == candidate.shape[::-1] and min(handle.shape) > 1
-        if matrices and np.array_equal(words, words_of(tensor.t())):
-            return Original(candidate.name, True)
-    return None
+def _originals(handles: list[TensorHandle]) -> dict[str, Original]:
+    """Return the originals among tensors of one dtype and size."""
+    found: dict[str, Original] = {}
+    plain: dict[bytes, str] = {}
+    turned: dict[tuple[bytes, tuple[int, ...]], str] = {}
+    for handle in handles:
+        tensor = handle.read()
+        digest = _digest(tensor)
+        if digest in plain:
+            found[handle.name] = Original(plain[digest], False)
+        elif (digest, handle.shape) in turned:
+            found[handle.name] = Original(turned[digest, handle.shape], True)
+        else:
+            plain[digest] = handle.name
+            if can_be_duplicate(handle.shape[::-1], handle.shape, True):
+                turned.setdefault((_digest(tensor.t()), handle.shape[::-1]), handle.name)
+    return found
+
+
+def _digest(tensor: torch.Tensor) -> bytes:
+    return hashlib.blake2b(words_of(tensor).data, digest_size=_DIGEST_BYTES).digest()

@@ -87,7 +87,7 @@ def describe_tensors(
     originals: Mapping[str, Original],
     measure: Callable[[TensorHandle], TensorLength],
     *,
-    stream_spec: str = "",
+    stream_spec: Callable[[], str] = str,
     shared: bytes = b"",
     jobs: int = 1,
     progress: Progress | None = None,
@@ -97,11 +97,12 @@ def describe_tensors(
     Parameters
     ----------
     originals
-        Of the tensors that are the same as an earlier one, by name; see `find_duplicates`.
+        Of the tensors that are the same as an earlier one, by name; see `distinct_weights`.
     measure
         Returns the length of any other tensor.
     stream_spec
-        What a stream would name its decoder by: codes and ideal lengths pay for the structure that tells it.
+        Returns what a stream would name its decoder by, once all is measured: codes and ideal lengths pay for the
+        structure that tells it.
     shared
         Side information that all tensors share.
     """
@@ -118,7 +119,7 @@ def describe_tensors(
             name: [(int(length.bits) // 8, length.choice)] for name, length in lengths.items() if length is not None
         }
         entries = entries_of(weights, originals, streams)
-        parts[STRUCTURE] = 8.0 * len(encode_structure(stream_spec, len(shared), entries))
+        parts[STRUCTURE] = 8.0 * len(encode_structure(stream_spec(), len(shared), entries))
     if shared:
         parts["tables"] = 8.0 * len(shared)
     return assemble(estimator, weights, tensors, parts, start)
@@ -140,7 +141,7 @@ def _described(
         own.parts if own is not None else {},
         source.squared_error,
         source.exact,
-        "" if original is None else original.name,
+        *("", False) if original is None else original,
     )
 
 

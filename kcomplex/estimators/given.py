@@ -232,6 +232,13 @@ def given_of(given: GivenSource) -> Given:
     return GivenCheckpoint(text)
 
 
+def given_path(given: GivenSource | None) -> str | None:
+    """Return the path of a checkpoint that is given; None of anything else."""
+    if isinstance(given, (str, PathLike)):
+        return fspath(given)
+    return given.path if isinstance(given, GivenCheckpoint) else None
+
+
 def digest_of_weights(weights: Weights) -> str:
     """Return the digest of names, dtypes, shapes and bits, in hexadecimal."""
     digest = hashlib.blake2b(digest_size=_DIGEST_BYTES)

@@ -6,7 +6,7 @@ from abc import abstractmethod
 from functools import partial
 
 from kcomplex.estimators.description import Description
-from kcomplex.estimators.duplicates import find_duplicates, without
+from kcomplex.estimators.duplicates import Distinct, distinct_weights
 from kcomplex.estimators.estimator import Estimator, Progress, TensorLength, describe_tensors
 from kcomplex.estimators.symbols import Symbols, symbols_of
 from kcomplex.weights import TensorHandle, Weights
@@ -29,9 +29,16 @@ class CodeLength(Estimator):
 
     def describe(self, weights: Weights, *, jobs: int = 1, progress: Progress | None = None) -> Description:
         """Return the description; see `Estimator.describe`. Ideal lengths pay for the structure."""
-        originals = {} if self.kind == "proxy" else find_duplicates(weights)
-        shared = self.prepare(without(weights, originals))
+        distinct = Distinct(weights, {}) if self.kind == "proxy" else distinct_weights(weights)
+        shared = self.prepare(distinct.weights)
         measure = partial(self.tensor_length, shared=shared)
         return describe_tensors(
-            self, weights, originals, measure, stream_spec=self.full_spec, shared=shared, jobs=jobs, progress=progress
+            self,
+            weights,
+            distinct.originals,
+            measure,
+            stream_spec=lambda: self.full_spec,
+            shared=shared,
+            jobs=jobs,
+            progress=progress,
         )

@@ -15,6 +15,7 @@ from kcomplex.estimators.arrays import FORMS, read_arrays, tell_arrays
 from kcomplex.estimators.code import Code, EncodedTensor, Memory, SymbolCode
 from kcomplex.estimators.coder import Part, Quantised, Quantiser
 from kcomplex.estimators.description import STRUCTURE, Kind
+from kcomplex.estimators.duplicates import distinct_weights
 from kcomplex.estimators.estimator import TensorLength
 from kcomplex.estimators.length import CodeLength
 from kcomplex.estimators.structure import Reader, TensorEntry, varint
@@ -67,7 +68,8 @@ class QuantisedCode(TwoStages, Code):
             return self.code.encode(handle, memory, known)
         tensor = QuantisedTensor(self.quantiser, handle, memory.shared)
         if tensor.escapes:
-            return EncodedTensor([Part(STRUCTURE, varint(0)), *self.code.encode(handle, memory, known).parts])
+            encoded = self.code.encode(handle, memory, known)
+            return replace(encoded, parts=[Part(STRUCTURE, varint(0)), *encoded.parts])
         symbols, side = tensor.quantised.symbols, tensor.quantised.side
         form, told = tell_arrays([symbols], handle.shape, _USUAL_DTYPE)
         parts = [
@@ -88,6 +90,8 @@ class QuantisedCode(TwoStages, Code):
         if self.quantiser.lossless and not announced:
             return self.code.decode(entry, reader.rest(), memory, known)
         length, number = divmod(announced, FORMS)
+        if length < self.quantiser.lossless:
+            raise StreamError(f"{self.quantiser.name}: a tensor can't begin with {announced}")
         ((shape, dtype), *others) = read_arrays(number, reader, entry.shape, _USUAL_DTYPE)
         if others:
             raise StreamError(f"{self.quantiser.name}: {1 + len(others)} arrays of symbols where there can be one")
@@ -139,7 +143,7 @@ def quantised_weights(estimator: QuantisedCode | QuantisedLength, weights: Weigh
 
     The files stay those of the weights that were given, which must stay open.
     """
-    quantiser, shared = estimator.quantiser, estimator.prepare(weights)
+    quantiser, shared = estimator.quantiser, estimator.prepare(distinct_weights(weights).weights)
     handles = [
         replace(handle, load=partial(_quantised_tensor, quantiser, handle, shared))
         if is_quantisable(handle.dtype)

@@ -50,7 +50,8 @@ _SAME, _TRANSPOSED = 64, 128
 # (else nothing).
 _PIECES, _CHOICES, _ONE_CHOICE = 1, 2, 4
 _MOST_FLAGS = _PIECES | _CHOICES | _ONE_CHOICE
-_MOST_DIMENSIONS = 64
+# One less than NumPy has: complex numbers are pairs.
+_MOST_DIMENSIONS = 63
 # Deflate makes at most 1032 bytes of one; a header that claims more lies.
 _DEFLATE_LIMIT = 1032
 
@@ -225,7 +226,9 @@ def _bare_entries(reader: Reader) -> list[TensorEntry]:
     counts = [reader.count() for _ in range(total)]
     names = [tuple(reader.text() for _ in range(count)) for count in counts]
     if not all(counts):
-        raise StreamError("the structure of the stream names an unknown dtype or a tensor without a name")
+        raise StreamError("the structure of the stream has a tensor without a name")
+    if len({name for own in names for name in own}) < sum(counts):
+        raise StreamError("the structure of the stream gives one name to two tensors")
     marked = reader.take(total)
     dimensions = [reader.count() for _ in range(total)]
     shapes = [tuple(reader.varint() for _ in range(count)) for count in dimensions]
@@ -233,7 +236,7 @@ def _bare_entries(reader: Reader) -> list[TensorEntry]:
     for place, (own, mark, shape) in enumerate(zip(names, marked, shapes, strict=True)):
         number = mark & ~(_SAME | _TRANSPOSED)
         if number >= len(_DTYPE_NAMES) or (mark & _TRANSPOSED and not mark & _SAME):
-            raise StreamError("the structure of the stream names an unknown dtype or a tensor without a name")
+            raise StreamError(f"the structure of the stream gives the tensor {own[0]!r} an unknown dtype ({mark})")
         if len(shape) > _MOST_DIMENSIONS or math.prod(max(side, 1) for side in shape) >= 1 << 60:
             raise StreamError(f"the tensor {own[0]!r} claims the impossible shape {shape}")
         entry = TensorEntry(own, DTYPES[_DTYPE_NAMES[number]], shape)
@@ -272,7 +275,7 @@ class Reader:
         StreamError
             There are fewer than that.
         """
-        if length > self.left:
+        if not 0 <= length <= self.left:
             raise StreamError(f"the stream ends after {self.left} of the {length} bytes that it announces")
         self.position += length
         return self.data[self.position - length : self.position]

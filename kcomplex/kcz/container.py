@@ -22,10 +22,11 @@ import torch
 from kcomplex.errors import KComplexError, SourceNotFoundError, StreamError, VerificationError, WeightsError
 from kcomplex.estimators.code import Code, EncodedTensor, Memory, Outcome
 from kcomplex.estimators.coder import Coder
-from kcomplex.estimators.duplicates import duplicate, find_duplicates, without
+from kcomplex.estimators.duplicates import Distinct, distinct_weights, duplicate
 from kcomplex.estimators.estimator import Estimator
-from kcomplex.estimators.given import GivenSource
+from kcomplex.estimators.given import GivenSource, given_path
 from kcomplex.estimators.pipeline import build_decoder, build_estimator
+from kcomplex.estimators.relative import GivenCode
 from kcomplex.estimators.structure import TensorEntry, entries_of
 from kcomplex.kcz.index import HEAD, Notes, PieceStream, digest_of, encode_index, read_index
 from kcomplex.kcz.pieces import Piece, handles_of
@@ -80,14 +81,14 @@ def encode(
     if not isinstance(code, Code):
         raise WeightsError(f"{code.spec!r} is of kind {code.kind}: it has no stream that could be decoded")
     target = Path(path)
-    refuse_overwriting(target, source, given)
+    refuse_overwriting(target, source, given_path(code.given) if isinstance(code, GivenCode) else None)
     try:
         with opened(source) as weights, replacing(target) as temporary:
-            notes = _layout_of(source, weights)
-            size, outcome = _write(temporary, weights, code, notes, jobs, progress)
+            notes, distinct = _layout_of(source, weights), distinct_weights(weights)
+            size, outcome = _write(temporary, weights, distinct, code, notes, jobs, progress)
             for rival in code.rivals(outcome):
                 with beside(temporary) as other:
-                    other_size, _ = _write(other, weights, rival, notes, jobs, None)
+                    other_size, _ = _write(other, weights, distinct, rival, notes, jobs, progress)
                     if other_size < size:
                         size = other_size
                         other.replace(temporary)
@@ -97,33 +98,43 @@ def encode(
 
 
 def _write(
-    path: Path, weights: Weights, code: Code, notes: Notes, jobs: int, progress: Progress | None
+    path: Path,
+    weights: Weights,
+    distinct: Distinct,
+    code: Code,
+    notes: Notes,
+    jobs: int,
+    progress: Progress | None,
 ) -> tuple[int, Outcome]:
     """Write a file; return its size in bytes, and what came of encoding."""
     with path.open("wb") as file:
-        structure_bits, choices = _write_streams(file, weights, code, notes, jobs, progress)
+        structure_bits, choices = _write_streams(file, weights, distinct, code, notes, jobs, progress)
         return file.tell(), Outcome(8.0 * file.tell(), structure_bits, choices)
 
 
 def _write_streams(
-    file: BinaryIO, weights: Weights, code: Code, notes: Notes, jobs: int, progress: Progress | None
+    file: BinaryIO,
+    weights: Weights,
+    distinct: Distinct,
+    code: Code,
+    notes: Notes,
+    jobs: int,
+    progress: Progress | None,
 ) -> tuple[float, tuple[int, ...]]:
     """Write everything; return the bits of the index, and the choices of streams that aren't empty."""
-    originals = find_duplicates(weights)
-    distinct = without(weights, originals)
-    shared = code.prepare(distinct)
+    shared = code.prepare(distinct.weights)
     memory = code.memory(shared)
     file.write(HEAD + shared)
     limit = _LIMIT if code.divisible else 0
     digests = bytearray(digest_of(shared))
-    streams: dict[str, list[tuple[int, int]]] = {name: [] for name in distinct}
+    streams: dict[str, list[tuple[int, int]]] = {name: [] for name in distinct.weights}
     inexact: dict[str, float] = {}
 
     def encode_piece(piece: TensorHandle) -> tuple[TensorHandle, bytes, EncodedTensor]:
         encoded = code.encode(piece, memory)
         return piece, encoded.to_bytes(), encoded
 
-    pieces = (piece for handle in distinct.values() for piece in handles_of(handle, limit))
+    pieces = (piece for handle in distinct.weights.values() for piece in handles_of(handle, limit))
     for piece, stream, encoded in in_order(encode_piece, pieces, 1 if code.sequential else jobs):
         file.write(stream)
         digests += digest_of(stream)
@@ -132,8 +143,10 @@ def _write_streams(
             inexact[piece.name] = encoded.squared_error
         if progress is not None:
             progress(piece)
-    inexact |= {name: inexact[original.name] for name, original in originals.items() if original.name in inexact}
-    entries = entries_of(weights, originals, streams)
+    for name, original in distinct.originals.items():
+        if original.name in inexact:
+            inexact[name] = inexact[original.name]
+    entries = entries_of(weights, distinct.originals, streams)
     notes = replace(notes, inexact=inexact)
     index = encode_index(code.stream_spec(memory), len(shared), limit, entries, bytes(digests), notes)
     file.write(index)
@@ -304,7 +317,7 @@ def decode(
         The file can't be written.
     """
     target = Path(output)
-    refuse_overwriting(target, path, given)
+    refuse_overwriting(target, path, given_path(given))
     with Container(path, given=given) as container:
         layout = [(name, entry.dtype, entry.shape) for entry in container.entries for name in entry.names]
         header, offsets = safetensors_header(layout, container.notes.metadata, container.notes.order)

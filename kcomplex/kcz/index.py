@@ -203,7 +203,7 @@ def _read_notes(packed: bytes, names: set[str]) -> Notes:
         and all(isinstance(name, str) and name in names for name in order)
         and len(set(order)) == len(order)
         and isinstance(inexact, dict)
-        and all(name in names and isinstance(error, (int, float)) and error >= 0 for name, error in inexact.items())
+        and all(name in names and isinstance(error, float) and error >= 0 for name, error in inexact.items())
     ):
         raise StreamError("the notes of the file are corrupted")
     return Notes(metadata, tuple(order), inexact)

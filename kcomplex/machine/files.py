@@ -23,6 +23,8 @@ def refuse_overwriting(target: Path, *sources: object) -> None:
     KComplexError
         It is.
     """
+    if not target.exists():
+        return
     for source in sources:
         if not isinstance(source, (str, os.PathLike)):
             continue

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, TypeAlias
 from kcomplex.errors import SpecError
 from kcomplex.estimators.coder import Coder
 from kcomplex.estimators.description import SHARED, Description, shape_text
+from kcomplex.estimators.duplicates import distinct_weights
 from kcomplex.estimators.estimator import Estimator, for_each_tensor
 from kcomplex.estimators.given import GivenSource
 from kcomplex.estimators.pipeline import build_estimators
@@ -121,7 +122,9 @@ def explain(
             decoded, label = _decoded(estimator, description, weights)
             if decoded is not None and label not in floors:
                 named = _named(progress, label)
-                floors[label] = tuple(for_each_tensor(tensor_floor, decoded, jobs, named))
+                # What is the same as an earlier tensor has nothing left to be told.
+                distinct = Weights(decoded[name] for name in distinct_weights(weights).weights)
+                floors[label] = tuple(for_each_tensor(tensor_floor, distinct, jobs, named))
             shuffled = None
             if shuffle is not None:
                 named = _named(progress, f"{estimator.spec}, shuffled")

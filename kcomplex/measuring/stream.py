@@ -7,10 +7,10 @@ from collections.abc import Mapping
 import torch
 
 from kcomplex.errors import StreamError, VerificationError, WeightsError
-from kcomplex.estimators.code import Code, Outcome
+from kcomplex.estimators.code import Code, Outcome, shortest
 from kcomplex.estimators.coder import Coder
 from kcomplex.estimators.description import Description, TensorDescription
-from kcomplex.estimators.duplicates import duplicate, find_duplicates, without
+from kcomplex.estimators.duplicates import Distinct, distinct_weights, duplicate
 from kcomplex.estimators.estimator import Estimator
 from kcomplex.estimators.given import GivenSource
 from kcomplex.estimators.pipeline import build_decoder, build_estimator
@@ -38,20 +38,17 @@ def encode_checkpoint(source: Source, estimator: str | Estimator | Coder, *, giv
     if not isinstance(code, Code):
         raise WeightsError(f"{code.spec!r} is of kind {code.kind}: it has no stream that could be decoded")
     with opened(source) as weights:
-        stream, outcome = _encoded(weights, code)
-        for rival in code.rivals(outcome):
-            stream = min(stream, _encoded(weights, rival)[0], key=len)
-        return stream
+        distinct = distinct_weights(weights)
+        return shortest(code, lambda code: _encoded(weights, distinct, code))
 
 
-def _encoded(weights: Weights, code: Code) -> tuple[bytes, Outcome]:
-    originals = find_duplicates(weights)
-    distinct = without(weights, originals)
-    shared = code.prepare(distinct)
+def _encoded(weights: Weights, distinct: Distinct, code: Code) -> tuple[bytes, Outcome]:
+    shared = code.prepare(distinct.weights)
     memory = code.memory(shared)
-    encoded = {name: code.encode(handle, memory) for name, handle in distinct.items()}
+    encoded = {name: code.encode(handle, memory) for name, handle in distinct.weights.items()}
     told = {name: [(tensor.size, tensor.choice)] for name, tensor in encoded.items()}
-    structure = encode_structure(code.stream_spec(memory), len(shared), entries_of(weights, originals, told))
+    entries = entries_of(weights, distinct.originals, told)
+    structure = encode_structure(code.stream_spec(memory), len(shared), entries)
     stream = b"".join([structure, shared, *(tensor.to_bytes() for tensor in encoded.values())])
     choices = tuple(tensor.choice for tensor in encoded.values() if tensor.size)
     return stream, Outcome(8.0 * len(stream), 8.0 * len(structure), choices)
@@ -144,6 +141,6 @@ def _same(handle: TensorHandle, decoded: Mapping[str, torch.Tensor], described: 
         return words_of(tensor).tobytes() == handle.words().tobytes()
     if described.same_as:
         # Sums in another order may differ in their last bits: what is the same has the same error.
-        original = decoded[described.same_as]
-        return any(torch.equal(tensor, turned.reshape(tensor.shape)) for turned in (original, original.t()))
+        again = duplicate(decoded[described.same_as], handle.shape, described.transposed)
+        return words_of(tensor).tobytes() == words_of(again).tobytes()
     return squared_error(handle.read(), tensor) == described.squared_error

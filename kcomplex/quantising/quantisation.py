@@ -181,7 +181,7 @@ def _written(path: str | os.PathLike[str], trials: Trials, steps: Steps) -> Quan
                 name := entry.names[0],
                 entry.shape,
                 math.prod(entry.shape),
-                steps.get(name),
+                steps.get(name if entry.original is None else container.entries[entry.original].names[0]),
                 8 * entry.length,
                 errors.get(name, 0.0),
             )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import tempfile
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 
 from kcomplex.errors import WeightsError
+from kcomplex.estimators.duplicates import distinct_weights, duplicate
 from kcomplex.estimators.quantised import QuantisedCode, QuantisedTensor, finite_values, is_quantisable
 from kcomplex.kcz.container import encode
 from kcomplex.machine.parallel import in_order
@@ -43,11 +45,14 @@ class Trials:
     ) -> None:
         self.source, self.weights, self.code = source, weights, code
         self.jobs, self.progress = jobs, progress
-        self.handles = [handle for handle in weights.values() if is_quantisable(handle.dtype) and handle.elements]
+        # A tensor that is the same as an earlier one has its step, and costs nothing.
+        own, self.originals = distinct_weights(weights)
+        self.copies = Counter(original.name for original in self.originals.values())
+        self.handles = [handle for handle in own.values() if is_quantisable(handle.dtype) and handle.elements]
         if not self.handles:
             raise WeightsError(f"{weights.source}: there is no floating-point tensor to quantise")
         self.sizes = {handle.name: handle.elements for handle in self.handles}
-        self.shared = code.prepare(weights)
+        self.shared = code.prepare(own)
         self.count = 0
         self.kept: dict[str, tuple[float, QuantisedTensor]] = {}
         largest, scales = {}, {}
@@ -72,7 +77,8 @@ class Trials:
 
         def error(place: float) -> float:
             quantised = self._quantised(self._equal(place))
-            return self._tell(sum(item.squared_error for item in quantised.values()) / self.weights.elements)
+            total = sum(item.squared_error * (1 + self.copies[name]) for name, item in quantised.items())
+            return self._tell(total / self.weights.elements)
 
         place = boundary(mean_square_probe(error, limit), _START, _FINEST, self.highest, FINE)
         if place is None:
@@ -145,8 +151,12 @@ class Trials:
         quantised = self._quantised(steps)
         tensors = {}
         for handle in self.weights.values():
-            made = quantised.get(handle.name)
-            tensor = (handle.read() if made is None else made.decoded).detach().clone()
+            original = self.originals.get(handle.name)
+            made = quantised.get(handle.name if original is None else original.name)
+            if made is None:
+                tensor = handle.read().detach().clone()
+            else:
+                tensor = duplicate(made.decoded, handle.shape, original is not None and original.transposed)
             tensors.update(dict.fromkeys((handle.name, *handle.aliases), tensor))
         return tensors
 

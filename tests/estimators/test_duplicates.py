@@ -10,12 +10,12 @@ import torch
 
 import kcomplex as kc
 from kcomplex.errors import StreamError
-from kcomplex.estimators.duplicates import find_duplicates
+from kcomplex.estimators.duplicates import distinct_weights
 from kcomplex.estimators.structure import TensorEntry, decode_structure, encode_structure
 from kcomplex.kcz.container import Container
 from kcomplex.measuring.stream import prove
 from kcomplex.sources.open import open_weights
-from kcomplex.weights import DTYPES, words_of
+from kcomplex.weights import DTYPES, TensorHandle, Weights, words_of
 
 RANDOM = torch.Generator().manual_seed(0)
 FLOATS = torch.randn(100, 120, generator=RANDOM)
@@ -53,7 +53,7 @@ def test_every_dtype_may_be_the_same(name: str) -> None:
     if name == "bool":
         tensor = tensor & 1
     matrix = torch.stack([tensor, tensor.flip(0)]).view(DTYPES[name])
-    found = find_duplicates(open_weights({"a": matrix, "b": matrix.clone(), "c": matrix.t().contiguous()}))
+    found = distinct_weights(open_weights({"a": matrix, "b": matrix.clone(), "c": matrix.t().contiguous()})).originals
     assert {duplicate: tuple(original) for duplicate, original in found.items()} == {
         "b": ("a", False),
         "c": ("a", True),
@@ -70,7 +70,7 @@ def test_only_the_same_bits_are_the_same() -> None:
         "tiny": torch.tensor([7], dtype=torch.uint8),
         "tiny again": torch.tensor([7], dtype=torch.uint8),
     }
-    assert find_duplicates(open_weights(tensors)) == {}
+    assert distinct_weights(open_weights(tensors)).originals == {}
 
 
 @pytest.mark.parametrize("spec", ["planes|zstd", "lin", "uniform:bits=4|entropy"])
@@ -126,3 +126,49 @@ def test_the_same_as_a_duplicate_names_its_original() -> None:
     stream = kc.encode_checkpoint(copies(FLOATS), "raw")
     assert [entry.original for entry in decode_structure(stream).tensors] == [None, 0, 0, 0]
     assert words_of(kc.decode_checkpoint(stream)["c"]).tobytes() == words_of(FLOATS).tobytes()
+
+
+@pytest.mark.parametrize("shape", [(40,), (8, 4, 3, 3)])
+def test_the_same_vector_or_convolution_is_proved(shape: tuple[int, ...]) -> None:
+    tensor = torch.randn(shape, generator=RANDOM)
+    for spec in ("zstd", "uniform:bits=4|entropy"):
+        tensors = {"a": tensor, "b": tensor.clone()}
+        prove(tensors, kc.describe(tensors, spec)[0])
+
+
+def test_many_tensors_of_one_histogram_are_each_read_a_few_times() -> None:
+    reads = []
+
+    def mask(seed: int) -> torch.Tensor:
+        reads.append(seed)
+        order = torch.randperm(64, generator=torch.Generator().manual_seed(seed))
+        return (order < 20).reshape(8, 8)
+
+    handles = [TensorHandle(f"{seed:02}", (8, 8), torch.bool, lambda seed=seed: mask(seed)) for seed in range(40)]
+    assert distinct_weights(Weights(handles)).originals == {}
+    assert len(reads) <= 3 * len(handles)
+
+
+def test_steps_are_searched_for_once_for_tensors_that_are_the_same(tmp_path: Path) -> None:
+    tensors = {"a": FLOATS, "b": FLOATS.clone(), "c": torch.randn(30, 30, generator=RANDOM)}
+
+    def loss(state: dict[str, torch.Tensor]) -> float:
+        return (
+            1.0 + 1e3 * float((state["b"] - FLOATS).square().mean()) + float((state["c"] - tensors["c"]).abs().mean())
+        )
+
+    found = kc.quantise(tensors, tmp_path / "w.kcz", evaluate=loss, within=0.02, evaluations=12)
+    kc.decode(tmp_path / "w.kcz", tmp_path / "w.safetensors")
+    assert found.loss == pytest.approx(loss(safetensors.torch.load_file(tmp_path / "w.safetensors")), abs=1e-12)
+    steps = {item.name: item.step for item in found.tensors}
+    assert steps["a"] == steps["b"]
+
+
+@pytest.mark.parametrize("spec", ["zstd", "lloyd:k=8,shared=True|entropy", "mosaic:s=2,k=8|entropy"])
+def test_the_floor_is_that_of_what_is_coded(spec: str) -> None:
+    tensors = {**copies(FLOATS), "other": torch.randn(50, 40, generator=RANDOM)}
+    (explanation,) = kc.explain(tensors, spec)
+    assert [floor.name for floor in explanation.floors] == ["a", "other"]
+    decoded = kc.decode_checkpoint(kc.encode_checkpoint(tensors, spec))
+    for floor in explanation.floors:
+        assert floor.distinct == decoded[floor.name].unique().numel()
