@@ -344,7 +344,7 @@ def _code_place(
         beyond = True
         if _code_none_flag(engine, 0 if place == around.base else 1, around) == 0:
             return around.base, _NUMBER | _MOVED
-    backwards = _code_side(engine, scales, 1 if place < around.base else 0, around, columns, column, beyond)
+    backwards = _code_side(engine, scales, 1 if place < around.base else 0, around, column, beyond)
     toward = -1 if backwards else 1
     first = around.base + (toward if backwards or beyond else 0)
     _tell_distances(engine, around, backwards)
@@ -455,7 +455,6 @@ def _code_side(
     scales: Scales,
     before: int,
     around: _Around,
-    columns: DifferenceColumns,
     column: int,
     beyond: bool,
 ) -> int:
