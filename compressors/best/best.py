@@ -11,7 +11,7 @@ from typing import ClassVar, Literal, cast
 import torch
 
 from kcomplex.errors import StreamError
-from kcomplex.estimators.code import Code, EncodedTensor, Memory, Outcome, SymbolCode
+from kcomplex.estimators.code import Code, EncodedTensor, Memory, OtherEncoder, Outcome, SymbolCode
 from kcomplex.estimators.differences import from_word_differences, word_differences
 from kcomplex.estimators.pipeline import build_estimator
 from kcomplex.estimators.structure import TensorEntry
@@ -223,40 +223,26 @@ class Best(Code):
 
 
 @dataclass(frozen=True)
-class _OneForAll(Code):
-    """Encodes every tensor by one member of the portfolio; what it writes is decoded by `Best`."""
+class _OneForAll(OtherEncoder):
+    """Encodes every tensor by one member of the portfolio."""
 
     best: Best
     place: int
     name: ClassVar[str] = "one_for_all"
 
     @property
-    def spec(self) -> str:
-        """The portfolio's."""
-        return self.best.spec
-
-    def stream_spec(self, memory: Memory) -> str:
-        """Return the portfolio's."""
-        return self.best.stream_spec(memory)
+    def decoder(self) -> Code:
+        """The portfolio."""
+        return self.best
 
     @property
     def sequential(self) -> bool:
         """Whether the member is."""
         return _member(self.place).sequential
 
-    @property
-    def divisible(self) -> bool:
-        """See `Best.divisible`."""
-        return self.best.divisible
-
-    @property
-    def takes_known(self) -> bool:
-        """See `Best.takes_known`."""
-        return self.best.takes_known
-
-    def memory(self, shared: bytes = b"") -> BestMemory:
-        """Return the portfolio's memory."""
-        return self.best.memory(shared)
+    def prepare(self, weights: Weights) -> bytes:
+        """Return nothing: motifs are for those who use them."""
+        return b""
 
     def encode(self, handle: TensorHandle, memory: Memory, known: torch.Tensor | None = None) -> EncodedTensor:
         """Return the member's stream; nothing of a tensor without weights."""
@@ -273,12 +259,6 @@ class _OneForAll(Code):
             return alone
         steps = replace(code.encode(_differences(handle, known), learned), choice=self.place + RELATIVE)
         return min(alone, steps, key=lambda encoded: encoded.size)
-
-    def decode(
-        self, entry: TensorEntry, data: bytes, memory: Memory, known: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """Return the tensor; see `Best.decode`."""
-        return self.best.decode(entry, data, memory, known)
 
 
 def _cost(size: int, entrant: Entrant) -> int:

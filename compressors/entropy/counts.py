@@ -15,7 +15,7 @@ from ..tables.universal import decode_integers, encode_integers, encoded_size
 
 Frequencies: TypeAlias = NDArray[np.int64]
 
-# Binary digits kept of a count. Ten make the loss smaller than a bit for every chunk that a coder sees.
+# Binary digits kept of a count. Ten make the loss smaller than a bit for every piece that a coder sees.
 _LARGEST_PRECISION = 10
 _DIFFERENCES = 1 << 7
 # Digits that a count may lose; a table that drops more is corrupted, and would overflow.

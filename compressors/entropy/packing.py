@@ -10,8 +10,8 @@ import numpy as np
 from kcomplex.errors import StreamError
 from kcomplex.estimators.symbols import Shape, Symbols
 
-# A multiple of eight, so that every block but the last ends with a byte.
-_BLOCK = 1 << 16
+# A multiple of eight, so that every segment but the last ends with a byte.
+_SEGMENT = 1 << 16
 
 
 def bits_needed(symbols: Symbols) -> int:
@@ -31,8 +31,8 @@ def pack(symbols: Symbols, bits: int) -> bytes:
     unsigned = np.dtype(f"u{flat.dtype.itemsize}")
     pieces = [smallest.astype(flat.dtype.newbyteorder("<")).tobytes()]
     places = np.arange(bits)[::-1].astype(unsigned)
-    for start in range(0, flat.size if bits else 0, _BLOCK):
-        distances = flat[start : start + _BLOCK].view(unsigned) - smallest.view(unsigned)
+    for start in range(0, flat.size if bits else 0, _SEGMENT):
+        distances = flat[start : start + _SEGMENT].view(unsigned) - smallest.view(unsigned)
         digits = ((distances[:, None] >> places) & unsigned.type(1)).astype(np.uint8)
         pieces.append(np.packbits(digits).tobytes())
     return b"".join(pieces)
@@ -53,8 +53,8 @@ def unpack(data: bytes, bits: int, shape: Shape, dtype: np.dtype[Any]) -> Symbol
     smallest = np.frombuffer(data, unsigned.newbyteorder("<"), count=1).astype(unsigned)
     words = np.full(size, smallest)
     payload = np.frombuffer(data, np.uint8, offset=dtype.itemsize)
-    for start in range(0, size if bits else 0, _BLOCK):
-        count = min(_BLOCK, size - start)
+    for start in range(0, size if bits else 0, _SEGMENT):
+        count = min(_SEGMENT, size - start)
         piece = payload[start * bits // 8 : -(-(start + count) * bits // 8)]
         digits = np.unpackbits(piece, count=count * bits).reshape(count, bits)
         for place in range(bits):

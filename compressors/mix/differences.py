@@ -84,7 +84,7 @@ def new_difference_memory() -> DifferenceMemory:
 
 @dataclass
 class GivenNumbers:
-    """The numbers of given weights, taken chunk by chunk.
+    """The numbers of given weights, taken piece by piece.
 
     Parameters
     ----------

@@ -267,7 +267,9 @@ class _SortedPalette(NamedTuple):
         return cls(words[order], ranks)
 
     def numbers(self, dtype: torch.dtype) -> NDArray[np.float64]:
-        return values_of(tensor_from_words(self.words, dtype, (self.words.size,))).astype(np.float64)
+        # Signalling NaN warns when it is widened.
+        with np.errstate(invalid="ignore"):
+            return values_of(tensor_from_words(self.words, dtype, (self.words.size,))).astype(np.float64)
 
 
 def _is_integer(dtype: torch.dtype) -> bool:

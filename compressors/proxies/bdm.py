@@ -25,7 +25,7 @@ from kcomplex.estimators.description import Description, Kind, TensorDescription
 from kcomplex.estimators.estimator import Estimator, Progress, assemble
 from kcomplex.weights import TensorHandle, Weights, dtype_name
 
-from .segments import value_blocks
+from .segments import value_segments
 
 STRING_BITS = 12
 
@@ -133,7 +133,7 @@ def _complexity(counts: NDArray[np.int64]) -> tuple[float, float]:
 
 
 def _signs(handle: TensorHandle) -> Iterator[NDArray[np.bool_]]:
-    for values in value_blocks(handle):
+    for values in value_segments(handle):
         yield values.reshape(-1) > 0
 
 

@@ -13,7 +13,7 @@ from kcomplex.estimators.description import Description, Kind, TensorDescription
 from kcomplex.estimators.estimator import Estimator, Progress, assemble, for_each_tensor
 from kcomplex.weights import SkippedTensor, TensorHandle, Weights, dtype_name
 
-from .segments import value_blocks
+from .segments import value_segments
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class L2(Estimator):
 
 def _share_of_zeros(handle: TensorHandle) -> TensorDescription:
     zeros = 0
-    for values in value_blocks(handle):
+    for values in value_segments(handle):
         nonzero = values.any(axis=1) if values.ndim == 2 else values
         zeros += values.shape[0] - int(np.count_nonzero(nonzero))
     return _row(handle, zeros / max(handle.elements, 1))
@@ -80,7 +80,7 @@ def _share_of_zeros(handle: TensorHandle) -> TensorDescription:
 
 def _norm(handle: TensorHandle) -> TensorDescription:
     norm = 0.0
-    for values in value_blocks(handle):
+    for values in value_segments(handle):
         wide = values.astype(np.float64, copy=False).reshape(-1)
         # Scaled, so that squares neither overflow nor vanish.
         largest = float(np.abs(wide).max())

@@ -19,7 +19,7 @@ from kcomplex.estimators.estimator import Estimator, Progress, assemble, for_eac
 from kcomplex.motifs.blocks import mosaic_bits
 from kcomplex.weights import TensorHandle, Weights, dtype_name
 
-from .segments import value_blocks
+from .segments import value_segments
 
 Metric: TypeAlias = Literal["gzip", "bz2", "lzma"]
 
@@ -91,7 +91,7 @@ class Published(Estimator):
         return raw / compressed if raw else 0.0
 
     def _pieces(self, handle: TensorHandle) -> Iterator[bytes]:
-        for values in value_blocks(handle):
+        for values in value_segments(handle):
             if self.binarised:
                 yield (values > 0).astype(np.uint8).tobytes()
             else:

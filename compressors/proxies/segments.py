@@ -10,14 +10,14 @@ from numpy.typing import NDArray
 
 from kcomplex.weights import TensorHandle, values_of
 
-BLOCK = 1 << 20
+SEGMENT = 1 << 20
 
 
-def value_blocks(handle: TensorHandle) -> Iterator[NDArray[np.floating[Any]]]:
-    """Yield a tensor's values in C order, `BLOCK` elements at a time, as `kcomplex.weights.values_of` gives them.
+def value_segments(handle: TensorHandle) -> Iterator[NDArray[np.floating[Any]]]:
+    """Yield a tensor's values in C order, `SEGMENT` elements at a time, as `kcomplex.weights.values_of` gives them.
 
-    A block has shape (elements,), or (elements, 2) for real and imaginary parts of a complex tensor.
+    A segment has shape (elements,), or (elements, 2) for real and imaginary parts of a complex tensor.
     """
     flat = handle.read().detach().reshape(-1)
-    for start in range(0, flat.numel(), BLOCK):
-        yield values_of(flat[start : start + BLOCK])
+    for start in range(0, flat.numel(), SEGMENT):
+        yield values_of(flat[start : start + SEGMENT])

@@ -156,16 +156,16 @@ def _choose_each(
 
 @compiled
 def _choose_path(
-    scaled: Floats, contexts: Contexts, prices: Floats, weight: float, offsets: Floats, levels: Levels, block: int
+    scaled: Floats, contexts: Contexts, prices: Floats, weight: float, offsets: Floats, levels: Levels, segment: int
 ) -> None:
-    """Find the cheapest path by the algorithm of Viterbi, settled after every block."""
+    """Find the cheapest path by the algorithm of Viterbi, settled after every segment."""
     totals, extended = np.full(STATES, np.inf), np.empty(STATES)
     totals[0] = 0.0
     costs = np.empty(4)
     # By grid and parity, the best level; by state, the state before and the parity that led here.
-    choices, arrivals = np.empty((block, 4), np.int32), np.empty((block, STATES), np.int8)
-    for start in range(0, scaled.size, block):
-        stop = min(start + block, scaled.size)
+    choices, arrivals = np.empty((segment, 4), np.int32), np.empty((segment, STATES), np.int8)
+    for start in range(0, scaled.size, segment):
+        stop = min(start + segment, scaled.size)
         for index in range(start, stop):
             _branch(abs(scaled[index]), prices[contexts[index]], weight, offsets, costs, choices[index - start])
             extended[:] = np.inf

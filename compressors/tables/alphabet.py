@@ -17,9 +17,9 @@ from .universal import decode_integers, encode_integers
 Counts: TypeAlias = NDArray[np.int64]
 IndexT = TypeVar("IndexT", bound=np.integer[Any])
 
-# Integers of up to two bytes are counted and looked up by their bit pattern, block by block to stay in the cache.
+# Integers of up to two bytes are counted and looked up by their bit pattern, segment by segment to stay in the cache.
 _NARROW = 2
-_BLOCK = 1 << 18
+_SEGMENT = 1 << 18
 # Knuth's multiplier for Fibonacci hashing, by the bytes of a word: 2**bits divided by the golden ratio, made odd.
 _MULTIPLIERS = {4: 0x9E3779B1, 8: 0x9E3779B97F4A7C15}
 _LARGEST_TABLE_LOG = 22
@@ -59,13 +59,13 @@ def positions(symbols: Symbols, words: Symbols, dtype: type[IndexT]) -> NDArray[
     table = np.zeros(1 << table_log, dtype)
     table[(keys * multiplier) >> shift] = np.arange(words.size, dtype=dtype)
     found = np.empty(flat.size, dtype)
-    for start in range(0, flat.size, _BLOCK):
-        block = patterns[start : start + _BLOCK]
-        guess = table[(block * multiplier) >> shift]
+    for start in range(0, flat.size, _SEGMENT):
+        segment = patterns[start : start + _SEGMENT]
+        guess = table[(segment * multiplier) >> shift]
         # Words that share a slot with another one are looked up by bisection; few do.
-        missed = np.flatnonzero(keys[guess] != block)
-        guess[missed] = np.searchsorted(words, flat[start : start + _BLOCK][missed])
-        found[start : start + _BLOCK] = guess
+        missed = np.flatnonzero(keys[guess] != segment)
+        guess[missed] = np.searchsorted(words, flat[start : start + _SEGMENT][missed])
+        found[start : start + _SEGMENT] = guess
     return found
 
 

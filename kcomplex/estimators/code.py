@@ -163,7 +163,12 @@ class Code(Estimator):
         """Return the description of the shortest stream; see `Estimator.describe`. Codes pay for the structure."""
         start = time.perf_counter()
         distinct = distinct_weights(weights)
-        description = shortest(self, lambda code: code._described(weights, distinct, jobs, progress))
+
+        def described(code: Code) -> tuple[Description, Outcome]:
+            # Whoever watches sees each tensor once.
+            return code._described(weights, distinct, jobs, progress if code is self else None)
+
+        description = shortest(self, described)
         return replace(description, seconds=time.perf_counter() - start)
 
     def _described(
@@ -192,6 +197,58 @@ class Code(Estimator):
         )
         told = tuple(choices[name] for name in weights if name in choices)
         return description, Outcome(description.value, description.parts[STRUCTURE], told)
+
+
+class OtherEncoder(Code):
+    """A code that writes streams of another one, in its own way: that one decodes them, and gives them its name."""
+
+    @property
+    @abstractmethod
+    def decoder(self) -> Code:
+        """The other code."""
+
+    @property
+    def spec(self) -> str:
+        """The decoder's."""
+        return self.decoder.spec
+
+    @property
+    def full_spec(self) -> str:
+        """The decoder's."""
+        return self.decoder.full_spec
+
+    @property
+    def sequential(self) -> bool:
+        """Whether the decoder is."""
+        return self.decoder.sequential
+
+    @property
+    def divisible(self) -> bool:
+        """Whether the decoder is."""
+        return self.decoder.divisible
+
+    @property
+    def takes_known(self) -> bool:
+        """Whether the decoder does."""
+        return self.decoder.takes_known
+
+    def prepare(self, weights: Weights) -> bytes:
+        """Return the side information that the decoder makes."""
+        return self.decoder.prepare(weights)
+
+    def memory(self, shared: bytes) -> Memory:
+        """Return the decoder's memory."""
+        return self.decoder.memory(shared)
+
+    def stream_spec(self, memory: Memory) -> str:
+        """Return what the decoder's streams say."""
+        return self.decoder.stream_spec(memory)
+
+    def decode(
+        self, entry: TensorEntry, data: bytes, memory: Memory, known: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Return what the decoder does."""
+        return self.decoder.decode(entry, data, memory, known)
 
 
 class SymbolCode(Code):

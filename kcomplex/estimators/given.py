@@ -42,15 +42,15 @@ class GivenCheckpoint:
         """The path."""
         return self.path
 
-    def open(self) -> Weights:
-        """Return its weights.
+    def open(self) -> tuple[Weights, str]:
+        """Return its weights and their digest.
 
         Raises
         ------
         KComplexError
             There is no such checkpoint, or it can't be read.
         """
-        return open_weights(self.path)
+        return _with_digest(open_weights(self.path))
 
     def stream_text(self, digest: str) -> str:
         """Return the digest alone: whoever decodes may have the checkpoint elsewhere."""
@@ -81,8 +81,8 @@ class Recipe:
         arguments = "".join(f",{key}={value}" for key, value in self.arguments)
         return f"{_RECIPE}factory={self.factory},seed={self.seed}{arguments}"
 
-    def open(self) -> Weights:
-        """Return the weights of a module that is made anew.
+    def open(self) -> tuple[Weights, str]:
+        """Return the weights of a module that is made anew, and their digest.
 
         Raises
         ------
@@ -100,7 +100,7 @@ class Recipe:
                 made = cast(Source, factory(**values))
         except Exception as error:
             raise SpecError(f"{self.text!r} can't be initialised: {type(error).__name__}: {error}") from error
-        return open_weights(made)
+        return _with_digest(open_weights(made))
 
     def stream_text(self, digest: str) -> str:
         """Return recipe, PyTorch's version and digest."""
@@ -126,8 +126,8 @@ class GivenWeights:
         """What they are called, or the digest."""
         return self.called or _DIGEST + self.digest
 
-    def open(self) -> Weights:
-        """Return the weights.
+    def open(self) -> tuple[Weights, str]:
+        """Return the weights and their digest.
 
         Raises
         ------
@@ -138,7 +138,7 @@ class GivenWeights:
             raise SpecError(
                 f"{self.weights.source}: the weights have changed since they were given: give them anew, or a copy"
             )
-        return self.weights
+        return self.weights, self.digest
 
     def stream_text(self, digest: str) -> str:
         """Return the digest."""
@@ -166,7 +166,7 @@ class StatedGiven:
         """Recipe or digest."""
         return self.recipe.text if self.recipe is not None else _DIGEST + self.digest
 
-    def open(self) -> Weights:
+    def open(self) -> tuple[Weights, str]:
         """Refuse: somebody has to give the weights.
 
         Raises
@@ -246,6 +246,10 @@ def digest_of_weights(weights: Weights) -> str:
         digest.update(repr((handle.name, handle.aliases, dtype_name(handle.dtype), handle.shape)).encode())
         digest.update(words_of(handle.read()).data)
     return digest.hexdigest()
+
+
+def _with_digest(weights: Weights) -> tuple[Weights, str]:
+    return weights, digest_of_weights(weights)
 
 
 def _recipe_of(text: str) -> Recipe | StatedGiven:

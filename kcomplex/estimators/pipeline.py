@@ -69,7 +69,7 @@ def build_estimator(spec: str | Estimator | Coder, given: GivenSource | None = N
 def build_estimators(
     specs: str | Estimator | Coder | Iterable[str | Estimator | Coder], given: GivenSource | None = None
 ) -> list[Estimator]:
-    """Return the estimators of one or several specifications; see `build_estimator`. What is given is read once."""
+    """Return the estimators of one or several specifications; see `build_estimator`. Given weights are read once."""
     wanted = [specs] if isinstance(specs, (str, Estimator, Coder)) else specs
     known = None if given is None else given_of(given)
     return [build_estimator(item, known) for item in wanted]

@@ -11,7 +11,7 @@ import torch
 from kcomplex.errors import SpecError, StreamError
 from kcomplex.estimators.code import Code, EncodedTensor, Memory, Outcome
 from kcomplex.estimators.estimator import Estimator
-from kcomplex.estimators.given import STAGE, Given, GivenSource, StatedGiven, digest_of_weights, given_of
+from kcomplex.estimators.given import STAGE, Given, GivenSource, StatedGiven, given_of
 from kcomplex.estimators.structure import TensorEntry
 from kcomplex.estimators.symbols import Shape
 from kcomplex.weights import TensorHandle, Weights, dtype_name, words_of
@@ -100,8 +100,7 @@ class GivenCode(Code):
         KComplexError
             They can't be opened.
         """
-        weights = self.given.open()
-        digest = digest_of_weights(weights)
+        weights, digest = self.given.open()
         if self.stated is not None:
             self.stated.require(digest)
         return GivenMemory(self.code.memory(shared), weights, digest)

@@ -88,7 +88,7 @@ def encode(
             size, outcome = _write(temporary, weights, distinct, code, notes, jobs, progress)
             for rival in code.rivals(outcome):
                 with beside(temporary) as other:
-                    other_size, _ = _write(other, weights, distinct, rival, notes, jobs, progress)
+                    other_size, _ = _write(other, weights, distinct, rival, notes, jobs, None)
                     if other_size < size:
                         size = other_size
                         other.replace(temporary)
@@ -203,6 +203,8 @@ class Container(Closing):
     def pieces(self, jobs: int = 1) -> Iterator[tuple[TensorEntry, Piece, torch.Tensor]]:
         """Yield every tensor piece by piece, no more of them in memory than are being decoded.
 
+        Tensors that are the same as an earlier one have no pieces: `TensorEntry.original` names it.
+
         Parameters
         ----------
         jobs
@@ -236,18 +238,21 @@ class Container(Closing):
             return duplicate(original, entry.shape, entry.transposed)
         wanted = [index for index, stream in enumerate(self._streams) if self.entries[stream.tensor] is entry]
         with self._learning:
-            memory, known = self._memory, self._next
-            if memory is None or wanted[0] < known:
-                memory, known = self._new_memory(), 0
+            memory, begin = self._memory, self._next
+            if memory is None or wanted[0] < begin:
+                memory, begin = self._new_memory(), 0
             if not self._code.sequential:
                 self._memory = memory
                 return self._joined(entry, memory, wanted)
-            # Should one of the streams be damaged, half of it has been learned: that memory is of no more use.
-            self._memory = None
-            for stream in self._streams[known : wanted[0]]:
+            if memory is self._memory:
+                # Should one of the streams be damaged, half of it has been learned: that memory is of no more use.
+                self._memory = None
+            for stream in self._streams[begin : wanted[0]]:
                 self._decoded(memory, stream)
             tensor = self._joined(entry, memory, wanted)
-            self._memory, self._next = memory, wanted[-1] + 1
+            # Of two memories, the one that is further on.
+            if self._memory is None or wanted[-1] >= self._next:
+                self._memory, self._next = memory, wanted[-1] + 1
             return tensor
 
     def _new_memory(self) -> Memory:

@@ -82,7 +82,7 @@ def test_pieces_of_any_length_give_the_same(monkeypatch):
     tensors = {"a": torch.randn(1001), "b": torch.randn(77)}
     whole = bdm(tensors)
     for block in (1, 5, 12, 100):
-        monkeypatch.setattr("kcomplex.compressors.proxies.segments.BLOCK", block)
+        monkeypatch.setattr("kcomplex.compressors.proxies.segments.SEGMENT", block)
         assert bdm(tensors).value == whole.value
 
 

@@ -96,5 +96,5 @@ def test_l2_of_nothing_is_zero():
 def test_long_tensors_are_measured_in_pieces(spec, monkeypatch):
     tensors = {"w": torch.arange(-50, 50, dtype=torch.float32).reshape(4, 25)}
     whole = measure(spec, tensors)
-    monkeypatch.setattr("kcomplex.compressors.proxies.segments.BLOCK", 7)
+    monkeypatch.setattr("kcomplex.compressors.proxies.segments.SEGMENT", 7)
     assert measure(spec, tensors).value == pytest.approx(whole.value, rel=1e-14)

@@ -34,7 +34,7 @@ def network():
 @pytest.mark.parametrize("binarised", [False, True])
 @pytest.mark.parametrize("block", [100, 1 << 20])
 def test_is_raw_over_compressed_bytes_of_the_concatenation(metric, binarised, block, monkeypatch):
-    monkeypatch.setattr("kcomplex.compressors.proxies.segments.BLOCK", block)
+    monkeypatch.setattr("kcomplex.compressors.proxies.segments.SEGMENT", block)
     tensors = network()
     vectors = [tensors[name].reshape(-1).to(torch.float32).numpy() for name in sorted(tensors)]
 

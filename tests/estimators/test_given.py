@@ -171,14 +171,14 @@ def test_a_new_resnet18_is_incompressible_to_the_slower_ones(resnet18: nn.Module
 def test_a_recipe_may_have_arguments_and_make_a_state_dict() -> None:
     recipe = f"seed:factory={HERE}:two_layers,seed=3,width=7"
     assert given_of(given_of(recipe).stream_text("00")).text == recipe
-    assert given_of(recipe).open()["0.weight"].shape == (7, 20)
-    assert given_of(f"seed:factory={HERE}:state_dict,seed=-1").open()["w"].shape == (40, 30)
+    assert given_of(recipe).open()[0]["0.weight"].shape == (7, 20)
+    assert given_of(f"seed:factory={HERE}:state_dict,seed=-1").open()[0]["w"].shape == (40, 30)
 
 
 def test_decoding_never_runs_what_a_stream_names_unasked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     called = tmp_path / "called"
     recipe = f"seed:factory={HERE}:two_layers,seed=5"
-    stream = kc.encode_checkpoint(given_of(recipe).open(), "zstd", given=recipe)
+    stream = kc.encode_checkpoint(given_of(recipe).open()[0], "zstd", given=recipe)
     monkeypatch.setenv("KCOMPLEX_TEST_CALLED", str(called))
     with pytest.raises(StreamError, match=r"imports and calls .*two_layers.*giving the same again"):
         kc.decode_checkpoint(stream)
@@ -196,7 +196,7 @@ def test_other_weights_than_the_given_ones_are_refused(monkeypatch: pytest.Monke
     with pytest.raises(StreamError, match="given other weights"):
         kc.decode_checkpoint(stream, given=later())
     recipe = f"seed:factory={HERE}:two_layers,seed=5"
-    stream = kc.encode_checkpoint(given_of(recipe).open(), "zstd", given=recipe)
+    stream = kc.encode_checkpoint(given_of(recipe).open()[0], "zstd", given=recipe)
     with pytest.raises(StreamError, match=r"given other weights"):
         kc.decode_checkpoint(stream, given=recipe.replace("seed=5", "seed=6"))
     # A PyTorch that draws other numbers is told.
