@@ -143,12 +143,15 @@ def relative(estimator: Estimator, given: GivenSource) -> Estimator:
     Raises
     ------
     SpecError
-        The estimator is no code, or has no use for other weights.
+        The estimator is no code, or has no use for other weights, or names some of its own.
     """
     found = given_of(given)
     if isinstance(estimator, GivenCode):
-        stated = estimator.given if isinstance(estimator.given, StatedGiven) else None
-        return replace(estimator, given=found, stated=stated)
+        if isinstance(estimator.given, StatedGiven):
+            return replace(estimator, given=found, stated=estimator.given)
+        if found != estimator.given:
+            raise SpecError(f"{estimator.spec!r} already names what is given: leave one of the two out")
+        return estimator
     if not isinstance(estimator, Code):
         raise SpecError(f"{estimator.spec!r} is of kind {estimator.kind} and has no use for given weights: take a code")
     return GivenCode(found, estimator)

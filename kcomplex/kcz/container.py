@@ -93,6 +93,9 @@ def encode(
                         size = other_size
                         other.replace(temporary)
             return size
+    except KComplexError:
+        # A source that isn't there is an OSError, too.
+        raise
     except OSError as error:
         raise KComplexError(f"{target}: can't be written: {error.strerror or error}") from error
 
@@ -347,6 +350,8 @@ def decode(
                         file.write(np.ascontiguousarray(words).data)
                     if progress is not None:
                         progress(entry)
+        except KComplexError:
+            raise
         except OSError as error:
             raise KComplexError(f"{target}: can't be written: {error.strerror or error}") from error
 

@@ -64,6 +64,8 @@ def replacing(path: Path) -> Iterator[Path]:
 
     The folder is made if it doesn't exist. On an error the temporary file is removed and ``path`` stays as it was.
     """
+    if not path.name:
+        raise KComplexError("the name of the file to write is empty: give one")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
     try:

@@ -409,3 +409,13 @@ def test_a_missing_hugging_face_library_says_what_to_install(monkeypatch: pytest
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(DataError, match=r"pip install 'kcomplex\[datasets\]'"):
         data.load("hf:ylecun/mnist")
+
+
+def test_data_are_looked_for_beside_the_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("KCOMPLEX_DATA", raising=False)
+    if (SHARED / "mnist").is_dir():
+        assert data._folder("mnist", None) == SHARED / "mnist"
+    monkeypatch.setitem(data._SOURCES, "absent", "it nowhere")
+    with pytest.raises(DataError) as refused:
+        data._folder("absent", None)
+    assert f"no such data in {SHARED}." in str(refused.value)

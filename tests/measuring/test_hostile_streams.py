@@ -244,6 +244,36 @@ def test_nothing_overwrites_a_file_of_a_folder_that_it_is_made_of(tmp_path):
         encode(folder, folder / "model.kcz", "zstd")
 
 
+def test_a_given_checkpoint_that_a_code_names_is_not_overwritten(tmp_path):
+    import safetensors.torch
+
+    base = tmp_path / "base.safetensors"
+    safetensors.torch.save_file(weights(), base)
+    before = base.read_bytes()
+    for write in (
+        lambda: encode(weights(1), base, f"given:{base}|lin"),
+        lambda: encode(weights(1), base, "lin", given=given_of(base)),
+    ):
+        with pytest.raises(KComplexError, match="would destroy what it is made of"):
+            write()
+    assert base.read_bytes() == before
+
+
+def test_given_weights_that_are_missing_are_blamed_and_not_the_output(tmp_path):
+    with pytest.raises(KComplexError, match=r"^'nowhere.safetensors': no such file"):
+        encode(weights(), tmp_path / "w.kcz", "lin", given="nowhere.safetensors")
+    encode(weights(), tmp_path / "w.kcz", "lin", given=weights(1))
+    with pytest.raises(KComplexError, match=r"^'nowhere.safetensors': no such file"):
+        decode(tmp_path / "w.kcz", tmp_path / "w.safetensors", given="nowhere.safetensors")
+    with pytest.raises(KComplexError, match="is empty"):
+        encode(weights(), "", "zstd")
+
+
+def test_weights_are_given_once(tmp_path):
+    with pytest.raises(SpecError, match="already names what is given"):
+        kc.describe(weights(), "given:one.safetensors|lin", given="other.safetensors")
+
+
 def test_huge_weights_have_a_squared_error_that_is_infinite_not_a_crash(tmp_path):
     huge = {"w": torch.randn(8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 1e200}
     with np.errstate(over="ignore"), pytest.raises(KComplexError):

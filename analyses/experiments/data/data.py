@@ -209,7 +209,7 @@ def _jpeg_set(name: str, folder: str | os.PathLike[str] | None) -> Dataset:
 
 def _folder(name: str, folder: str | os.PathLike[str] | None) -> Path:
     default = os.environ.get(FOLDER_VARIABLE)
-    beside_checkout = Path(__file__).parents[2] / "shared" / "data"
+    beside_checkout = Path(__file__).parents[4] / "shared" / "data"
     base = Path(folder or default or beside_checkout)
     if (base / name).is_dir():
         return base / name
