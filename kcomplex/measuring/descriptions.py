@@ -56,6 +56,7 @@ def _plain(description: Description) -> dict[str, Any]:
                 "raw_bits": tensor.raw_bits,
                 "value": _json_number(tensor.value),
                 "parts": dict(tensor.parts),
+                "same_as": tensor.same_as or None,
             }
             for tensor in description.tensors
         ],
