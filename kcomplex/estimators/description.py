@@ -152,10 +152,7 @@ class Description:
         }
 
     def to_frame(self) -> pd.DataFrame:
-        """Return one row a tensor: shape, dtype, weights, value, bits per weight and the parts (``part_...``).
-
-        ``same_as`` names the earlier tensor that a tensor is the same as; it then costs nothing beside.
-        """
+        """Return one row a tensor: shape, dtype, weights, value, bits per weight and the parts (``part_...``)."""
         import pandas as pd
 
         rows = []
@@ -173,7 +170,6 @@ class Description:
                     "unit": self.unit,
                     "value": tensor.value,
                     "bits_per_weight": tensor.value / tensor.weights if in_bits else math.nan,
-                    "same_as": tensor.same_as,
                     **{f"part_{part}": bits for part, bits in tensor.parts.items()},
                 }
             )

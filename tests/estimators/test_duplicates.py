@@ -38,7 +38,6 @@ def test_the_same_again_costs_a_few_bytes(spec: str, tensor: torch.Tensor) -> No
     again = kc.describe(copies(tensor), spec)[0]
     assert again.bits <= once.bits + 8 * FEW_BYTES
     assert [item.same_as for item in again.tensors] == ["", "a", "a", "a"]
-    assert again.to_frame()["same_as"].tolist() == ["", "a", "a", "a"]
     prove(copies(tensor), again)
     if spec in LOSSLESS:
         decoded = kc.decode_checkpoint(kc.encode_checkpoint(copies(tensor), spec))
