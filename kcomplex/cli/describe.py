@@ -59,12 +59,12 @@ def describe(
     import pandas as pd
 
     from kcomplex.errors import SpecError
-    from kcomplex.estimators.pipeline import build_estimator
+    from kcomplex.estimators.pipeline import build_estimators
     from kcomplex.measuring.measure import DEFAULT_ESTIMATORS
     from kcomplex.sources.open import open_weights
 
     output = output_format(as_json, as_csv)
-    wanted = [build_estimator(spec, given) for spec in estimator or DEFAULT_ESTIMATORS]
+    wanted = build_estimators(estimator or DEFAULT_ESTIMATORS, given)
     explain = explain or shuffled or figure is not None
     if explain and dry_run:
         raise SpecError("--dry-run measures nothing that could be explained: leave one of the two out")
@@ -107,7 +107,7 @@ def _measure(weights: Weights, wanted: list[Estimator], jobs: int, verify: bool)
     from rich.progress import Progress
 
     from kcomplex.measuring.measure import describe as measure
-    from kcomplex.measuring.stream import prove as verify_code
+    from kcomplex.measuring.stream import prove
 
     with Progress(console=errors, transient=True, disable=not sys.stderr.isatty()) as bar:
         task = bar.add_task("", total=max(weights.nbytes, 1) * len(wanted))
@@ -119,7 +119,7 @@ def _measure(weights: Weights, wanted: list[Estimator], jobs: int, verify: bool)
         for description in descriptions:
             if verify and description.kind == "code":
                 bar.update(task, description=f"verifying {description.estimator}")
-                verify_code(weights, description)
+                prove(weights, description)
     return descriptions
 
 

@@ -26,7 +26,7 @@ def explain_weights(
     from rich.progress import Progress, TaskID
 
     from kcomplex.measuring.explanation import explain
-    from kcomplex.measuring.stream import prove as verify_code
+    from kcomplex.measuring.stream import prove
 
     with Progress(console=errors, transient=True, disable=not sys.stderr.isatty()) as bar:
         tasks: dict[str, TaskID] = {}
@@ -40,7 +40,7 @@ def explain_weights(
         for item in explanations:
             if verify and item.description.kind == "code":
                 bar.add_task(f"verifying {item.description.estimator}", total=None)
-                verify_code(weights, item.description)
+                prove(weights, item.description)
     return explanations
 
 
