@@ -120,6 +120,9 @@ class TensorHandle:
         As stored.
     load
         Returns the tensor; called anew at every read, so that nothing is kept in memory.
+    load_range
+        Returns the elements from one place to another of the flat tensor; None where the source has no cheaper way to
+        them than the whole.
     aliases
         Other names of the same storage. The tensor counts once.
     trainable
@@ -130,6 +133,7 @@ class TensorHandle:
     shape: tuple[int, ...]
     dtype: torch.dtype
     load: Callable[[], torch.Tensor] = field(repr=False, compare=False)
+    load_range: Callable[[int, int], torch.Tensor] | None = field(default=None, repr=False, compare=False, kw_only=True)
     aliases: tuple[str, ...] = ()
     trainable: bool | None = None
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
@@ -17,13 +17,16 @@ from kcomplex.estimators.coder import Coder, Part, size_of
 from kcomplex.estimators.description import STRUCTURE, Description, Kind
 from kcomplex.estimators.differences import from_word_differences, word_differences
 from kcomplex.estimators.duplicates import Distinct, distinct_weights
-from kcomplex.estimators.estimator import Estimator, Progress, TensorLength, describe_tensors, sum_parts
+from kcomplex.estimators.estimator import Estimator, Progress, TensorLength, describe_lengths, sum_parts
+from kcomplex.estimators.pieces import handles_of, piece_limit
 from kcomplex.estimators.spec import full_spec_of, spec_of
-from kcomplex.estimators.structure import TensorEntry, join_lengths, split_lengths
+from kcomplex.estimators.structure import TensorEntry, encode_structure, entries_of, join_lengths, split_lengths
 from kcomplex.estimators.symbols import Shape, Symbols, piece_count, pieces, symbol_dtype, symbol_shape, symbols_of
+from kcomplex.machine.parallel import in_order
 from kcomplex.weights import TensorHandle, Weights, dtype_name, tensor_from_words, word_dtype
 
 Result = TypeVar("Result")
+Taken = TypeVar("Taken")
 
 # What the first byte of a tensor's stream says, where a coder is given a tensor that it has no use of its own for.
 _PLAIN, _DIFFERENCE = 0, 1
@@ -108,7 +111,7 @@ class Code(Estimator):
 
     @property
     def divisible(self) -> bool:
-        """Whether pieces of a tensor may be coded as tensors of their own: no, where a whole tensor is quantised."""
+        """Whether pieces of a long tensor are coded as tensors of their own."""
         return False
 
     @property
@@ -134,6 +137,10 @@ class Code(Estimator):
         The shortest stream of them all is taken. None by default.
         """
         return ()
+
+    def for_pieces(self, handle: TensorHandle) -> Code:
+        """Return the code of a long tensor's pieces, which may depend on the whole of it; by default this one."""
+        return self
 
     @abstractmethod
     def encode(self, handle: TensorHandle, memory: Memory, known: torch.Tensor | None = None) -> EncodedTensor:
@@ -168,35 +175,89 @@ class Code(Estimator):
             # Whoever watches sees each tensor once.
             return code._described(weights, distinct, jobs, progress if code is self else None)
 
-        description = shortest(self, described)
-        return replace(description, seconds=time.perf_counter() - start)
+        return replace(shortest(self, described), seconds=time.perf_counter() - start)
 
     def _described(
         self, weights: Weights, distinct: Distinct, jobs: int, progress: Progress | None
     ) -> tuple[Description, Outcome]:
-        shared = self.prepare(distinct.weights)
-        memory = self.memory(shared)
-        choices: dict[str, int] = {}
+        encoding = Encoding(self, weights, distinct)
+        pieces: dict[str, list[TensorLength]] = {}
+        for handle, length in encoding.pieces(_counted, jobs):
+            pieces.setdefault(handle.name, []).append(length)
+            if progress is not None:
+                progress(handle)
+        lengths = {name: TensorLength.of(found) for name, found in pieces.items()}
+        parts = {STRUCTURE: 8.0 * len(encoding.structure()), "tables": 8.0 * len(encoding.shared)}
+        description = describe_lengths(self, weights, distinct.originals, lengths, parts)
+        return description, encoding.outcome(description.value, description.parts[STRUCTURE])
 
-        def measure(handle: TensorHandle) -> TensorLength:
-            encoded = self.encode(handle, memory)
-            if encoded.size:
-                choices[handle.name] = encoded.choice
-            parts = sum_parts(item for part in encoded.parts for item in part.bits().items())
-            return TensorLength(parts, encoded.squared_error, encoded.exact, encoded.choice)
 
-        description = describe_tensors(
-            self,
-            weights,
-            distinct.originals,
-            measure,
-            stream_spec=lambda: self.stream_spec(memory),
-            shared=shared,
-            jobs=1 if self.sequential and jobs else jobs,
-            progress=progress,
-        )
-        told = tuple(choices[name] for name in weights if name in choices)
-        return description, Outcome(description.value, description.parts[STRUCTURE], told)
+def _counted(encoded: EncodedTensor) -> TensorLength:
+    parts = sum_parts(item for part in encoded.parts for item in part.bits().items())
+    return TensorLength(parts, encoded.squared_error, encoded.exact)
+
+
+class Encoding:
+    """What a code makes of weights, piece by piece, none of which it keeps.
+
+    Attributes
+    ----------
+    shared
+        Side information that all tensors share.
+    limit
+        Weights a piece; 0 for whole tensors.
+    """
+
+    def __init__(self, code: Code, weights: Weights, distinct: Distinct) -> None:
+        self.shared = code.prepare(distinct.weights)
+        self.limit = piece_limit(code.divisible)
+        self._code, self._weights, self._distinct = code, weights, distinct
+        self._memory = code.memory(self.shared)
+        self._streams: dict[str, list[tuple[int, int]]] = {name: [] for name in distinct.weights}
+
+    def pieces(self, take: Callable[[EncodedTensor], Taken], jobs: int = 1) -> Iterator[tuple[TensorHandle, Taken]]:
+        """Yield every piece of the distinct tensors, in order, with what is taken of its stream.
+
+        Parameters
+        ----------
+        jobs
+            Threads; a code that learns from tensor to tensor uses one.
+        """
+
+        def encoded(item: tuple[Code, TensorHandle]) -> tuple[TensorHandle, tuple[int, int], Taken]:
+            code, piece = item
+            made = code.encode(piece, self._memory)
+            return piece, (made.size, made.choice), take(made)
+
+        for piece, stream, taken in in_order(encoded, self._wanted(), 1 if self._code.sequential and jobs else jobs):
+            self._streams[piece.name].append(stream)
+            yield piece, taken
+
+    def _wanted(self) -> Iterator[tuple[Code, TensorHandle]]:
+        for handle in self._distinct.weights.values():
+            code = self._code
+            for piece in handles_of(handle, self.limit):
+                if piece is not handle and code is self._code:
+                    code = self._code.for_pieces(handle)
+                yield code, piece
+
+    @property
+    def spec(self) -> str:
+        """What the stream names its decoder by, once all is encoded."""
+        return self._code.stream_spec(self._memory)
+
+    def entries(self) -> list[TensorEntry]:
+        """Return the entries of all tensors, once all is encoded."""
+        return entries_of(self._weights, self._distinct.originals, self._streams)
+
+    def structure(self) -> bytes:
+        """Return the structure's bytes, once all is encoded."""
+        return encode_structure(self.spec, len(self.shared), self.entries())
+
+    def outcome(self, bits: float, structure_bits: float) -> Outcome:
+        """Return what came of it, given the bits of the whole stream and of its structure."""
+        choices = (choice for told in self._streams.values() for length, choice in told if length)
+        return Outcome(bits, structure_bits, tuple(choices))
 
 
 class OtherEncoder(Code):

@@ -9,10 +9,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, TypeAlias, TypeVar
 
-from kcomplex.estimators.description import STRUCTURE, Description, Kind, TensorDescription, Unit
+from kcomplex.estimators.description import Description, Kind, TensorDescription, Unit
 from kcomplex.estimators.duplicates import Original
 from kcomplex.estimators.spec import full_spec_of, spec_of
-from kcomplex.estimators.structure import encode_structure, entries_of
 from kcomplex.machine.parallel import in_order
 from kcomplex.version import VERSION
 from kcomplex.weights import TensorHandle, Weights, dtype_name
@@ -56,24 +55,27 @@ class Estimator(ABC):
         jobs
             Threads to measure tensors with; the result doesn't depend on it.
         progress
-            Called after each tensor.
+            Called after each piece: a tensor, or 4 million weights of one. Tensors that are the same as an earlier one
+            have none.
         """
 
 
 @dataclass(frozen=True)
 class TensorLength:
-    """One tensor's length in bits by part, and what its decoder (a thought one, for a length) gives back.
-
-    Attributes
-    ----------
-    choice
-        See `kcomplex.estimators.code.EncodedTensor`.
-    """
+    """One tensor's length in bits by part, and what its decoder (a thought one, for a length) gives back."""
 
     parts: dict[str, float]
     squared_error: float = 0.0
     exact: bool = True
-    choice: int = 0
+
+    @classmethod
+    def of(cls, pieces: Sequence[TensorLength]) -> TensorLength:
+        """Return the length of a tensor in pieces."""
+        return cls(
+            sum_parts(item for piece in pieces for item in piece.parts.items()),
+            sum(piece.squared_error for piece in pieces),
+            all(piece.exact for piece in pieces),
+        )
 
     @property
     def bits(self) -> float:
@@ -81,56 +83,34 @@ class TensorLength:
         return math.fsum(self.parts.values())
 
 
-def describe_tensors(
+def describe_lengths(
     estimator: Estimator,
     weights: Weights,
     originals: Mapping[str, Original],
-    measure: Callable[[TensorHandle], TensorLength],
-    *,
-    stream_spec: Callable[[], str] = str,
-    shared: bytes = b"",
-    jobs: int = 1,
-    progress: Progress | None = None,
+    lengths: Mapping[str, TensorLength],
+    parts: Mapping[str, float],
+    start: float = 0.0,
 ) -> Description:
-    """Return the description of weights that are measured in bits, tensor by tensor.
+    """Return the description of weights that were measured in bits, tensor by tensor.
 
     Parameters
     ----------
     originals
         Of the tensors that are the same as an earlier one, by name; see `distinct_weights`.
-    measure
-        Returns the length of any other tensor.
-    stream_spec
-        Returns what a stream would name its decoder by, once all is measured: codes and ideal lengths pay for the
-        structure that tells it.
-    shared
-        Side information that all tensors share.
+    lengths
+        Of all other tensors, by name.
+    parts, start
+        See `assemble`; parts of no bits are left out.
     """
-    start = time.perf_counter()
-
-    def measured(handle: TensorHandle) -> TensorLength | None:
-        return None if handle.name in originals else measure(handle)
-
-    lengths = dict(zip(weights, for_each_tensor(measured, weights, jobs, progress), strict=True))
     tensors = [_described(handle, lengths, originals) for handle in weights.values()]
-    parts: dict[str, float] = {}
-    if estimator.kind != "proxy":
-        streams = {
-            name: [(int(length.bits) // 8, length.choice)] for name, length in lengths.items() if length is not None
-        }
-        entries = entries_of(weights, originals, streams)
-        parts[STRUCTURE] = 8.0 * len(encode_structure(stream_spec(), len(shared), entries))
-    if shared:
-        parts["tables"] = 8.0 * len(shared)
-    return assemble(estimator, weights, tensors, parts, start)
+    return assemble(estimator, weights, tensors, {name: bits for name, bits in parts.items() if bits}, start)
 
 
 def _described(
-    handle: TensorHandle, lengths: dict[str, TensorLength | None], originals: Mapping[str, Original]
+    handle: TensorHandle, lengths: Mapping[str, TensorLength], originals: Mapping[str, Original]
 ) -> TensorDescription:
-    own, original = lengths[handle.name], originals.get(handle.name)
-    source = own if original is None else lengths[original.name]
-    assert source is not None
+    own, original = lengths.get(handle.name), originals.get(handle.name)
+    source = lengths[handle.name if original is None else original.name]
     return TensorDescription(
         handle.name,
         handle.shape,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from abc import abstractmethod
 from functools import partial
 
-from kcomplex.estimators.description import Description
+from kcomplex.estimators.description import STRUCTURE, Description
 from kcomplex.estimators.duplicates import Distinct, distinct_weights
-from kcomplex.estimators.estimator import Estimator, Progress, TensorLength, describe_tensors
+from kcomplex.estimators.estimator import Estimator, Progress, TensorLength, describe_lengths, for_each_tensor
+from kcomplex.estimators.structure import encode_structure, entries_of
 from kcomplex.estimators.symbols import Symbols, symbols_of
 from kcomplex.weights import TensorHandle, Weights
 
@@ -29,16 +31,14 @@ class CodeLength(Estimator):
 
     def describe(self, weights: Weights, *, jobs: int = 1, progress: Progress | None = None) -> Description:
         """Return the description; see `Estimator.describe`. Ideal lengths pay for the structure."""
+        start = time.perf_counter()
         distinct = Distinct(weights, {}) if self.kind == "proxy" else distinct_weights(weights)
         shared = self.prepare(distinct.weights)
-        measure = partial(self.tensor_length, shared=shared)
-        return describe_tensors(
-            self,
-            weights,
-            distinct.originals,
-            measure,
-            stream_spec=lambda: self.full_spec,
-            shared=shared,
-            jobs=jobs,
-            progress=progress,
-        )
+        measured = for_each_tensor(partial(self.tensor_length, shared=shared), distinct.weights, jobs, progress)
+        lengths = dict(zip(distinct.weights, measured, strict=True))
+        parts = {STRUCTURE: 0.0, "tables": 8.0 * len(shared)}
+        if self.kind != "proxy":
+            streams = {name: [(int(length.bits) // 8, 0)] for name, length in lengths.items()}
+            entries = entries_of(weights, distinct.originals, streams)
+            parts[STRUCTURE] = 8.0 * len(encode_structure(self.full_spec, len(shared), entries))
+        return describe_lengths(self, weights, distinct.originals, lengths, parts, start)

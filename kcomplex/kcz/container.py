@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,16 +21,16 @@ import numpy as np
 import torch
 
 from kcomplex.errors import KComplexError, SourceNotFoundError, StreamError, VerificationError, WeightsError
-from kcomplex.estimators.code import Code, EncodedTensor, Memory, Outcome
+from kcomplex.estimators.code import Code, EncodedTensor, Encoding, Memory, Outcome, shortest
 from kcomplex.estimators.coder import Coder
 from kcomplex.estimators.duplicates import Distinct, distinct_weights, duplicate
 from kcomplex.estimators.estimator import Estimator
 from kcomplex.estimators.given import GivenSource, given_path
+from kcomplex.estimators.pieces import Piece, handles_of, joined
 from kcomplex.estimators.pipeline import build_decoder, build_estimator
 from kcomplex.estimators.relative import GivenCode
-from kcomplex.estimators.structure import TensorEntry, entries_of
+from kcomplex.estimators.structure import TensorEntry
 from kcomplex.kcz.index import HEAD, Notes, PieceStream, digest_of, encode_index, read_index
-from kcomplex.kcz.pieces import Piece, handles_of
 from kcomplex.machine.closing import Closing
 from kcomplex.machine.files import beside, refuse_overwriting, replacing
 from kcomplex.machine.limits import require_memory
@@ -37,9 +38,6 @@ from kcomplex.machine.parallel import in_order
 from kcomplex.sources.formats.safetensors_file import original_layout, safetensors_header
 from kcomplex.sources.open import Source, opened
 from kcomplex.weights import TensorHandle, Weights, Words, squared_error, word_dtype, words_of
-
-# Weights a piece.
-_LIMIT = 1 << 22
 
 Progress = Callable[[TensorHandle], None]
 
@@ -83,16 +81,20 @@ def encode(
     target = Path(path)
     refuse_overwriting(target, source, given_path(code.given) if isinstance(code, GivenCode) else None)
     try:
-        with opened(source) as weights, replacing(target) as temporary:
+        with opened(source) as weights, replacing(target) as temporary, ExitStack() as stack:
             notes, distinct = _layout_of(source, weights), distinct_weights(weights)
-            size, outcome = _write(temporary, weights, distinct, code, notes, jobs, progress)
-            for rival in code.rivals(outcome):
-                with beside(temporary) as other:
-                    other_size, _ = _write(other, weights, distinct, rival, notes, jobs, None)
-                    if other_size < size:
-                        size = other_size
-                        other.replace(temporary)
-            return size
+            latest = temporary
+
+            def written(trial: Code) -> tuple[Path, Outcome]:
+                nonlocal latest
+                latest = stack.enter_context(beside(latest))
+                with latest.open("wb") as file:
+                    encoding = Encoding(trial, weights, distinct)
+                    # Whoever watches sees each tensor once.
+                    return latest, _write(file, encoding, distinct, notes, jobs, progress if trial is code else None)
+
+            shortest(code, written).replace(temporary)
+            return temporary.stat().st_size
     except KComplexError:
         # A source that isn't there is an OSError, too.
         raise
@@ -101,59 +103,30 @@ def encode(
 
 
 def _write(
-    path: Path,
-    weights: Weights,
-    distinct: Distinct,
-    code: Code,
-    notes: Notes,
-    jobs: int,
-    progress: Progress | None,
-) -> tuple[int, Outcome]:
-    """Write a file; return its size in bytes, and what came of encoding."""
-    with path.open("wb") as file:
-        structure_bits, choices = _write_streams(file, weights, distinct, code, notes, jobs, progress)
-        return file.tell(), Outcome(8.0 * file.tell(), structure_bits, choices)
-
-
-def _write_streams(
-    file: BinaryIO,
-    weights: Weights,
-    distinct: Distinct,
-    code: Code,
-    notes: Notes,
-    jobs: int,
-    progress: Progress | None,
-) -> tuple[float, tuple[int, ...]]:
-    """Write everything; return the bits of the index, and the choices of streams that aren't empty."""
-    shared = code.prepare(distinct.weights)
-    memory = code.memory(shared)
-    file.write(HEAD + shared)
-    limit = _LIMIT if code.divisible else 0
-    digests = bytearray(digest_of(shared))
-    streams: dict[str, list[tuple[int, int]]] = {name: [] for name in distinct.weights}
+    file: BinaryIO, encoding: Encoding, distinct: Distinct, notes: Notes, jobs: int, progress: Progress | None
+) -> Outcome:
+    """Write everything; return what came of encoding."""
+    file.write(HEAD + encoding.shared)
+    digests = bytearray(digest_of(encoding.shared))
     inexact: dict[str, float] = {}
 
-    def encode_piece(piece: TensorHandle) -> tuple[TensorHandle, bytes, EncodedTensor]:
-        encoded = code.encode(piece, memory)
-        return piece, encoded.to_bytes(), encoded
+    def streamed(encoded: EncodedTensor) -> tuple[bytes, float | None]:
+        return encoded.to_bytes(), None if encoded.exact else encoded.squared_error
 
-    pieces = (piece for handle in distinct.weights.values() for piece in handles_of(handle, limit))
-    for piece, stream, encoded in in_order(encode_piece, pieces, 1 if code.sequential else jobs):
+    for piece, (stream, error) in encoding.pieces(streamed, jobs):
         file.write(stream)
         digests += digest_of(stream)
-        streams[piece.name].append((len(stream), encoded.choice))
-        if not encoded.exact:
-            inexact[piece.name] = encoded.squared_error
+        if error is not None:
+            inexact[piece.name] = inexact.get(piece.name, 0.0) + error
         if progress is not None:
             progress(piece)
     for name, original in distinct.originals.items():
         if original.name in inexact:
             inexact[name] = inexact[original.name]
-    entries = entries_of(weights, distinct.originals, streams)
     notes = replace(notes, inexact=inexact)
-    index = encode_index(code.stream_spec(memory), len(shared), limit, entries, bytes(digests), notes)
+    index = encode_index(encoding.structure(), encoding.limit, bytes(digests), notes)
     file.write(index)
-    return 8.0 * len(index), tuple(choice for told in streams.values() for length, choice in told if length)
+    return encoding.outcome(8.0 * file.tell(), 8.0 * len(index))
 
 
 class Container(Closing):
@@ -196,7 +169,7 @@ class Container(Closing):
     def _open(self) -> None:
         index = read_index(self._file)
         self.estimator, self.entries, self.notes = index.spec, index.entries, index.notes
-        self._streams = index.streams
+        self._streams, self._limit = index.streams, index.limit
         self._code = build_decoder(index.spec, self._given)
         self._shared = self._section(*index.shared, "the shared side information")
         # What was read last of a code that learns, and the stream that follows it.
@@ -222,6 +195,12 @@ class Container(Closing):
         decoded = in_order(partial(self._decoded, self._new_memory()), self._streams, threads)
         for stream, tensor in zip(self._streams, decoded, strict=True):
             yield self.entries[stream.tensor], stream.piece, tensor
+
+    def pieces_of(self, weights: Weights) -> Iterator[TensorHandle]:
+        """Yield the pieces of other weights, of the same names and shapes, as `pieces` does those of the file."""
+        for entry in self.entries:
+            if entry.original is None:
+                yield from handles_of(weights[entry.names[0]], self._limit)
 
     def tensor(self, name: str) -> torch.Tensor:
         """Return one tensor; of a code that learns from tensor to tensor, those before it are decoded first.
@@ -271,12 +250,8 @@ class Container(Closing):
             require_memory(entry.nbytes + 2 * max(self._streams[index].entry.nbytes for index in wanted))
         except StreamError as error:
             raise StreamError(f"{self.path}: the tensor {entry.names[0]!r} can't be decoded: {error}") from error
-        data = torch.empty(entry.nbytes, dtype=torch.uint8)
-        for index in wanted:
-            start, stop, _ = self._streams[index].piece
-            words = words_of(self._decoded(memory, self._streams[index]))
-            data.numpy()[start * entry.dtype.itemsize : stop * entry.dtype.itemsize] = words.view(np.uint8)
-        return data.view(entry.dtype).reshape(entry.shape)
+        streams = (self._streams[index] for index in wanted)
+        return joined(((item.piece, self._decoded(memory, item)) for item in streams), entry.dtype, entry.shape)
 
     def _decoded(self, memory: Memory, stream: PieceStream) -> torch.Tensor:
         entry = stream.entry
@@ -404,25 +379,23 @@ def _compare(container: Container, weights: Weights, notes: Notes, jobs: int) ->
         names = (handle.name, *handle.aliases)
         if (handle.dtype, handle.shape, names) != (entry.dtype, entry.shape, entry.names):
             raise _different(path, entry)
-    original = torch.empty(0)
-    for entry, piece, tensor in container.pieces(jobs):
-        if not piece.start:
-            original = weights[entry.names[0]].read()
-        part = original if tensor.shape == original.shape else original.reshape(-1)[piece.start : piece.stop]
-        if not _same(part, tensor, container.notes.inexact.get(entry.names[0])):
+    originals = container.pieces_of(weights)
+    error = 0.0
+    for (entry, piece, tensor), original in zip(container.pieces(jobs), originals, strict=True):
+        inexact = container.notes.inexact.get(entry.names[0])
+        if inexact is None:
+            same = np.array_equal(words_of(original.read()), words_of(tensor))
+        else:
+            error = squared_error(original.read(), tensor) + (error if piece.start else 0.0)
+            same = error == inexact or piece.stop < math.prod(entry.shape)
+        if not same:
             raise _different(path, entry)
     for entry in container.entries:
         if entry.original is not None:
             first = weights[container.entries[entry.original].names[0]].read()
             again = duplicate(first, entry.shape, entry.transposed)
-            if not _same(again, weights[entry.names[0]].read(), None):
+            if not np.array_equal(words_of(again), weights[entry.names[0]].words()):
                 raise _different(path, entry)
-
-
-def _same(original: torch.Tensor, decoded: torch.Tensor, error: float | None) -> bool:
-    if error is None:
-        return np.array_equal(words_of(original), words_of(decoded))
-    return squared_error(original, decoded) == error
 
 
 def _different(path: str | os.PathLike[str], entry: TensorEntry) -> VerificationError:

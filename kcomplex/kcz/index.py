@@ -6,20 +6,19 @@ import hashlib
 import json
 import os
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO, NamedTuple
 
 from kcomplex.errors import StreamError
+from kcomplex.estimators.pieces import Piece, piece_count, pieces_of
 from kcomplex.estimators.structure import (
     Reader,
     Structure,
     TensorEntry,
     decode_structure,
-    encode_structure,
     varint,
 )
-from kcomplex.kcz.pieces import Piece, piece_count, pieces_of
 
 MAGIC = b"\x89KCZ\r\n\x1a\n"
 VERSION = 3
@@ -77,6 +76,8 @@ class Index(NamedTuple):
         Full specification of the code.
     entries, streams
         Of all tensors, and of all their pieces, in order.
+    limit
+        Weights a piece; 0 for whole tensors.
     shared
         Offset, length and digest of the side information that tensors share.
     """
@@ -84,24 +85,16 @@ class Index(NamedTuple):
     spec: str
     entries: tuple[TensorEntry, ...]
     streams: tuple[PieceStream, ...]
+    limit: int
     shared: tuple[int, int, bytes]
     notes: Notes
 
 
-def encode_index(
-    spec: str,
-    shared: int,
-    limit: int,
-    entries: Sequence[TensorEntry],
-    digests: bytes,
-    notes: Notes,
-) -> bytes:
+def encode_index(structure: bytes, limit: int, digests: bytes, notes: Notes) -> bytes:
     """Return index and trailer.
 
     Parameters
     ----------
-    shared
-        Bytes of the side information that tensors share.
     limit
         Weights a piece; 0 for whole tensors.
     digests
@@ -109,7 +102,7 @@ def encode_index(
     """
     told = {"metadata": dict(notes.metadata), "order": list(notes.order), "inexact": dict(notes.inexact)}
     packed = zlib.compress(json.dumps({key: value for key, value in told.items() if value}).encode(), 9)
-    index = encode_structure(spec, shared, entries) + varint(limit) + digests + packed
+    index = structure + varint(limit) + digests + packed
     return index + _trailer(HEAD, index)
 
 
@@ -161,7 +154,7 @@ def read_index(file: BinaryIO) -> Index:
     if position != end:
         raise StreamError("the file hasn't the length that its index announces")
     notes = _read_notes(reader.rest(), {name for entry in structure.tensors for name in entry.names})
-    return Index(structure.spec, structure.tensors, tuple(streams), shared, notes)
+    return Index(structure.spec, structure.tensors, tuple(streams), limit, shared, notes)
 
 
 def digest_of(data: bytes) -> bytes:

@@ -7,15 +7,16 @@ from collections.abc import Mapping
 import torch
 
 from kcomplex.errors import StreamError, VerificationError, WeightsError
-from kcomplex.estimators.code import Code, Outcome, shortest
+from kcomplex.estimators.code import Code, EncodedTensor, Encoding, Memory, Outcome, shortest
 from kcomplex.estimators.coder import Coder
 from kcomplex.estimators.description import Description, TensorDescription
 from kcomplex.estimators.duplicates import Distinct, distinct_weights, duplicate
 from kcomplex.estimators.estimator import Estimator
 from kcomplex.estimators.given import GivenSource
+from kcomplex.estimators.pieces import joined, piece_count, piece_limit, pieces_of
 from kcomplex.estimators.pipeline import build_decoder, build_estimator
 from kcomplex.estimators.relative import GivenCode
-from kcomplex.estimators.structure import decode_structure, encode_structure, entries_of
+from kcomplex.estimators.structure import Reader, TensorEntry, decode_structure
 from kcomplex.machine.limits import require_memory
 from kcomplex.sources.open import Source, opened
 from kcomplex.weights import TensorHandle, Weights, squared_error, words_of
@@ -43,15 +44,11 @@ def encode_checkpoint(source: Source, estimator: str | Estimator | Coder, *, giv
 
 
 def _encoded(weights: Weights, distinct: Distinct, code: Code) -> tuple[bytes, Outcome]:
-    shared = code.prepare(distinct.weights)
-    memory = code.memory(shared)
-    encoded = {name: code.encode(handle, memory) for name, handle in distinct.weights.items()}
-    told = {name: [(tensor.size, tensor.choice)] for name, tensor in encoded.items()}
-    entries = entries_of(weights, distinct.originals, told)
-    structure = encode_structure(code.stream_spec(memory), len(shared), entries)
-    stream = b"".join([structure, shared, *(tensor.to_bytes() for tensor in encoded.values())])
-    choices = tuple(tensor.choice for tensor in encoded.values() if tensor.size)
-    return stream, Outcome(8.0 * len(stream), 8.0 * len(structure), choices)
+    encoding = Encoding(code, weights, distinct)
+    streams = [stream for _, stream in encoding.pieces(EncodedTensor.to_bytes)]
+    structure = encoding.structure()
+    stream = b"".join([structure, encoding.shared, *streams])
+    return stream, encoding.outcome(8.0 * len(stream), 8.0 * len(structure))
 
 
 def decode_checkpoint(data: bytes, *, given: GivenSource | None = None) -> dict[str, torch.Tensor]:
@@ -81,13 +78,11 @@ def decode_checkpoint(data: bytes, *, given: GivenSource | None = None) -> dict[
     memory = code.memory(data[structure.size : position])
     decoded: list[torch.Tensor] = []
     for entry in structure.tensors:
-        piece = data[position : position + entry.length]
+        stream = data[position : position + entry.length]
         position += entry.length
-        if entry.original is None and len(entry.lengths) != 1:
-            raise StreamError(f"the tensor {entry.names[0]!r} is said to be in {len(entry.lengths)} pieces")
         try:
             if entry.original is None:
-                decoded.append(code.decode(entry, piece, memory))
+                decoded.append(_decoded(code, entry, stream, memory))
             else:
                 decoded.append(duplicate(decoded[entry.original], entry.shape, entry.transposed))
         except (StreamError, MemoryError) as error:
@@ -95,6 +90,20 @@ def decode_checkpoint(data: bytes, *, given: GivenSource | None = None) -> dict[
             raise StreamError(f"the tensor {entry.names[0]!r} can't be decoded: {problem}") from error
     pairs = zip(structure.tensors, decoded, strict=True)
     return {name: tensor for entry, tensor in pairs for name in entry.names}
+
+
+def _decoded(code: Code, entry: TensorEntry, stream: bytes, memory: Memory) -> torch.Tensor:
+    limit = piece_limit(len(entry.lengths) > 1)
+    if piece_count(entry.shape, limit) != len(entry.lengths):
+        raise StreamError(f"it is said to be in {len(entry.lengths)} pieces")
+    if not limit:
+        return code.decode(entry, stream, memory)
+    reader = Reader(stream)
+    parts = (
+        (piece, code.decode(told := entry.piece(place, piece.shape), reader.take(told.length), memory))
+        for place, piece in enumerate(pieces_of(entry.shape, limit))
+    )
+    return joined(parts, entry.dtype, entry.shape)
 
 
 def prove(source: Source, description: Description, *, given: GivenSource | None = None) -> None:

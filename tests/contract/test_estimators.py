@@ -333,6 +333,7 @@ def test_a_lossless_code_gives_back_every_dtype(spec):
 @pytest.mark.parametrize("spec", codes())
 def test_long_tensors_are_coded_in_pieces(spec, monkeypatch):
     monkeypatch.setattr("kcomplex.estimators.symbols.PIECE_SYMBOLS", 50)
+    monkeypatch.setattr("kcomplex.estimators.pieces.PIECE_WEIGHTS", 100)
     tensors = network()
     description = build_estimator(spec).describe(open_weights(tensors))
     prove(tensors, description)

@@ -28,10 +28,10 @@ from kcomplex.errors import (
 )
 from kcomplex.estimators.code import Code
 from kcomplex.estimators.coder import Coder
+from kcomplex.estimators.pieces import piece_count, pieces_of
 from kcomplex.kcz import index as container_index
 from kcomplex.kcz.container import Container, decode, encode, verify
 from kcomplex.kcz.index import HEAD, MAGIC
-from kcomplex.kcz.pieces import piece_count, pieces_of
 from kcomplex.registry import registry
 from kcomplex.weights import words_of
 
@@ -100,7 +100,7 @@ def test_every_bit_comes_back(tmp_path: Path, spec: str, jobs: int) -> None:
 def test_long_tensors_come_and_go_in_pieces(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spec: str, jobs: int
 ) -> None:
-    monkeypatch.setattr("kcomplex.kcz.container._LIMIT", 100)
+    monkeypatch.setattr("kcomplex.estimators.pieces.PIECE_WEIGHTS", 100)
     tensors = checkpoint() | {"wide": torch.arange(1000.0).reshape(2, 500), "line": torch.arange(1000)}
     tensors["waves"] = torch.randn(30, 7, dtype=torch.complex64)
     if spec.startswith("uniform"):
@@ -143,7 +143,7 @@ def test_memory_is_that_of_the_pieces_in_flight(tmp_path: Path, monkeypatch: pyt
     original, path, output = (tmp_path / name for name in ("a.safetensors", "a.kcz", "b.safetensors"))
     values = torch.randn(1 << 22, generator=torch.Generator().manual_seed(0))
     safetensors.torch.save_file({"w": values.reshape(1 << 11, 1 << 11)}, original)
-    monkeypatch.setattr("kcomplex.kcz.container._LIMIT", 1 << 16)
+    monkeypatch.setattr("kcomplex.estimators.pieces.PIECE_WEIGHTS", 1 << 16)
     for step in (
         lambda: encode(original, path, "planes|zstd", jobs=jobs),
         lambda: decode(path, output, jobs=jobs),
