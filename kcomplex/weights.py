@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any, Self, TypeAlias
 
 import numpy as np
 import torch
@@ -44,6 +45,11 @@ _LAYOUT: dict[torch.dtype, tuple[int, int]] = {
     torch.complex128: (8, 2),
 }
 DTYPES: dict[str, torch.dtype] = {str(dtype).removeprefix("torch."): dtype for dtype in _LAYOUT}
+
+# What a tensor is to the network. The first are counted unless somebody says otherwise, the others are not.
+COUNTED = ("weight", "bias", "norm", "statistic", "buffer")
+LEFT_OUT = ("mask", "constant", "latent", "copy", "optimiser", "packed")
+ROLES = (*COUNTED, *LEFT_OUT)
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -127,6 +133,8 @@ class TensorHandle:
         Other names of the same storage. The tensor counts once.
     trainable
         Whether it is a parameter with ``requires_grad``; None where the source doesn't say.
+    role
+        What it is to the network, one of `ROLES`.
     """
 
     name: str
@@ -136,6 +144,7 @@ class TensorHandle:
     load_range: Callable[[int, int], torch.Tensor] | None = field(default=None, repr=False, compare=False, kw_only=True)
     aliases: tuple[str, ...] = ()
     trainable: bool | None = None
+    role: str = "weight"
 
     @classmethod
     def of(cls, name: str, tensor: torch.Tensor) -> TensorHandle:
@@ -174,12 +183,96 @@ class TensorHandle:
 
 @dataclass(frozen=True)
 class SkippedTensor:
-    """A tensor that was left out, and why."""
+    """Something that was left out, and why.
+
+    Attributes
+    ----------
+    name, reason
+        What it is called, and why it was left out.
+    shape, dtype
+        Of a tensor, where they are known; an entry of another kind has none.
+    role
+        What it is to the network, one of `ROLES`; ``selection`` where the caller left it out; empty where it could not
+        be read, which may mean that weights are missing.
+    other
+        The tensor that it is folded into, and counted as, or a copy of; empty for most.
+    """
 
     name: str
     reason: str
     shape: tuple[int, ...] | None = None
     dtype: str = ""
+    role: str = ""
+    other: str = ""
+
+    @classmethod
+    def of(cls, handle: TensorHandle, reason: str, role: str, other: str = "") -> SkippedTensor:
+        """Return that a tensor was left out."""
+        return cls(handle.name, reason, handle.shape, dtype_name(handle.dtype), role, other)
+
+    @property
+    def why(self) -> str:
+        """The reason, and the other tensor that it speaks of."""
+        return f"{self.reason} {self.other}" if self.other else self.reason
+
+    @property
+    def folded(self) -> bool:
+        """Whether it is counted as the tensor that it is folded into."""
+        return bool(self.other) and self.role != "copy"
+
+    @property
+    def elements(self) -> int:
+        """Number of its weights as far as that is known."""
+        return math.prod(self.shape) if self.shape is not None else 0
+
+    @property
+    def nbytes(self) -> int:
+        """Raw size in bytes as far as that is known."""
+        width, words = _LAYOUT[DTYPES[self.dtype]] if self.dtype in DTYPES else (0, 0)
+        return self.elements * width * words
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """How much of its source a number is the number of.
+
+    Attributes
+    ----------
+    tensors, of_tensors
+        Tensors measured, and tensors that the source holds; what shares memory is one tensor, and so is what is folded
+        into one.
+    nbytes, of_bytes
+        The same in bytes, as far as sizes are known.
+    left_out
+        How many tensors and other entries were left out, by reason.
+    """
+
+    tensors: int
+    of_tensors: int
+    nbytes: int
+    of_bytes: int
+    left_out: Mapping[str, int]
+
+    @classmethod
+    def of(cls, tensors: int, nbytes: int, skipped: Iterable[SkippedTensor]) -> Self:
+        """Return the coverage of so many tensors and bytes beside what was left out."""
+        skipped = list(skipped)
+        others = [item for item in skipped if item.shape is not None and not item.folded]
+        reasons = Counter(item.reason if item.role not in ROLES else item.role for item in skipped if not item.folded)
+        of_bytes = nbytes + sum(item.nbytes for item in others)
+        return cls(tensors, tensors + len(others), nbytes, of_bytes, dict(reasons))
+
+    @property
+    def share(self) -> float:
+        """Share of the source's bytes that was measured, 0 to 1; NaN where there are none."""
+        return self.nbytes / self.of_bytes if self.of_bytes else math.nan
+
+    def __str__(self) -> str:
+        told = f"{self.tensors:,} of {self.of_tensors:,} tensors"
+        if self.of_bytes:
+            told += f", {100 * self.share:.4g} % of {self.of_bytes:,} bytes"
+        left_out = "; ".join(f"{count:,} {reason}" for reason, count in self.left_out.items())
+        return f"{told}; left out: {left_out}" if left_out else told
 
 
 class Weights(Closing, Mapping[str, TensorHandle]):
@@ -195,6 +288,8 @@ class Weights(Closing, Mapping[str, TensorHandle]):
         What the weights came from, for messages and tables.
     resources
         Closed by `close`: open files and memory maps.
+    selection
+        What the caller chose of the source, as `select` was told; empty for what is chosen without a wish.
 
     Raises
     ------
@@ -208,8 +303,10 @@ class Weights(Closing, Mapping[str, TensorHandle]):
         skipped: Iterable[SkippedTensor] = (),
         source: str = "",
         resources: ExitStack | None = None,
+        selection: str = "",
     ) -> None:
         self.source = source
+        self.selection = selection
         self.skipped = tuple(sorted(skipped, key=lambda item: item.name))
         self._resources = resources or ExitStack()
         self._tensors: dict[str, TensorHandle] = {}
@@ -242,6 +339,11 @@ class Weights(Closing, Mapping[str, TensorHandle]):
     def nbytes(self) -> int:
         """Raw size of all tensors in bytes."""
         return sum(handle.nbytes for handle in self.values())
+
+    @property
+    def coverage(self) -> Coverage:
+        """How much of the source these weights are."""
+        return Coverage.of(len(self), self.nbytes, self.skipped)
 
     def select(
         self, include: str | Iterable[str] = (), exclude: str | Iterable[str] = (), *, trainable: bool | None = None
@@ -277,12 +379,22 @@ class Weights(Closing, Mapping[str, TensorHandle]):
             elif trainable is not None and handle.trainable != trainable:
                 reason = "not trainable" if trainable else "trainable"
             if reason:
-                skipped.append(SkippedTensor(handle.name, reason, handle.shape, dtype_name(handle.dtype)))
+                skipped.append(SkippedTensor.of(handle, reason, "selection"))
             else:
                 kept.append(handle)
         if self and not kept:
             raise WeightsError(f"{self.source}: the selection leaves no tensor of {self._some_names()}")
-        return Weights(kept, skipped, self.source, self._resources)
+        wishes = [f"include={pattern}" for pattern in include] + [f"exclude={pattern}" for pattern in exclude]
+        if trainable is not None:
+            wishes.append(f"trainable={trainable}")
+        return self.with_tensors(kept, skipped, ",".join(filter(None, (self.selection, *wishes))))
+
+    def with_tensors(
+        self, tensors: Iterable[TensorHandle], skipped: Iterable[SkippedTensor], selection: str | None = None
+    ) -> Weights:
+        """Return other tensors of the same source, which share its open files."""
+        chosen = self.selection if selection is None else selection
+        return Weights(tensors, skipped, self.source, self._resources, chosen)
 
     def close(self) -> None:
         """Close the files behind the weights; reading a tensor afterwards is an error."""

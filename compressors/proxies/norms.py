@@ -62,9 +62,8 @@ class L2(Estimator):
             if handle.dtype.is_floating_point or handle.dtype.is_complex:
                 floats.append(handle)
             else:
-                reason = "integers have no norm"
-                integers.append(SkippedTensor(handle.name, reason, handle.shape, dtype_name(handle.dtype)))
-        measured = Weights(floats, (*weights.skipped, *integers), weights.source)
+                integers.append(SkippedTensor.of(handle, "integers have no norm", handle.role))
+        measured = weights.with_tensors(floats, (*weights.skipped, *integers))
         tensors = for_each_tensor(_norm, measured, jobs, progress)
         norm = math.hypot(*(tensor.value for tensor in tensors))
         return assemble(self, measured, tensors, {}, start, "norm", norm)

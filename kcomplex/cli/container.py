@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kcomplex.cli.output import GIVEN, errors
+from kcomplex.cli import options
+from kcomplex.cli.output import errors, tell_coverage
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -21,15 +22,22 @@ _DEFAULT = "planes|zstd:level=19"
 def encode(
     path: Annotated[str, typer.Argument(help="a checkpoint of any format that describe reads")],
     output: Annotated[Path, typer.Option("--output", "-o", help=".kcz file to write")],
-    estimator: Annotated[str, typer.Option("--estimator", "-e", metavar="SPEC", help="a code")] = _DEFAULT,
-    given: Annotated[str | None, typer.Option(metavar="PATH|RECIPE", help=GIVEN)] = None,
-    jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="threads; the file doesn't depend on it")] = 1,
+    estimator: options.Estimator = _DEFAULT,
+    include: options.Include = None,
+    exclude: options.Exclude = None,
+    root: options.Root = "",
+    count: options.Count = None,
+    skip: options.Skip = None,
+    partial: options.Partial = False,
+    given: options.Given = None,
+    jobs: options.Jobs = 1,
 ) -> None:
     """Write a checkpoint as a .kcz file that decode gives back."""
     from kcomplex.kcz import container
     from kcomplex.sources.open import open_weights
 
-    with open_weights(path) as weights, _progress("encoding", weights.nbytes) as (bar, task):
+    choices = options.choices(include, exclude, root, count, skip)
+    with open_weights(path, **choices) as weights, _progress("encoding", weights.nbytes) as (bar, task):
         size = container.encode(
             path,
             output,
@@ -37,19 +45,20 @@ def encode(
             given=given,
             jobs=jobs,
             progress=lambda handle: bar.update(task, advance=handle.nbytes),
+            partial=partial,
+            **choices,
         )
     bits = 8 * size / max(weights.elements, 1)
     ratio = weights.nbytes / size
     errors.print(f"wrote {output}: {size:,} bytes, {bits:.4f} bits a weight, raw / this = {ratio:.3f}", markup=False)
-    for item in weights.skipped:
-        errors.print(f"skipped {item.name}: {item.reason}", markup=False)
+    tell_coverage(weights.coverage)
 
 
 def decode(
     path: Annotated[Path, typer.Argument(help=".kcz file")],
     output: Annotated[Path, typer.Option("--output", "-o", help=".safetensors file to write")],
-    given: Annotated[str | None, typer.Option(metavar="PATH|RECIPE", help=GIVEN)] = None,
-    jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="threads")] = 1,
+    given: options.Given = None,
+    jobs: options.Jobs = 1,
 ) -> None:
     """Write the tensors of a .kcz file as a safetensors file."""
     from kcomplex.kcz import container
@@ -64,13 +73,19 @@ def decode(
 def verify(
     path: Annotated[Path, typer.Argument(help=".kcz file")],
     original: Annotated[str | None, typer.Argument(help="the checkpoint that it was made of")] = None,
-    given: Annotated[str | None, typer.Option(metavar="PATH|RECIPE", help=GIVEN)] = None,
-    jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="threads")] = 1,
+    include: options.Include = None,
+    exclude: options.Exclude = None,
+    root: options.Root = "",
+    count: options.Count = None,
+    skip: options.Skip = None,
+    given: options.Given = None,
+    jobs: options.Jobs = 1,
 ) -> None:
     """Check every byte of a .kcz file, decode it, and compare it with the original; exit code 1 if they differ."""
     from kcomplex.kcz import container
 
-    error = container.verify(path, original, given=given, jobs=jobs)
+    choices = options.choices(include, exclude, root, count, skip)
+    error = container.verify(path, original, given=given, jobs=jobs, **choices)
     told = "every bit" if error == 0 else f"quantised, mean squared error {error:.6g}"
     compared = f"decodes and is what {original} holds" if original is not None else "is undamaged and decodes"
     errors.print(f"{path} {compared} ({told})", markup=False)

@@ -11,14 +11,15 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kcomplex.cli.explain import draw_explanation, explain_weights, show_explanation
-from kcomplex.cli.output import GIVEN, OutputFormat, check_figure, errors, output_format, printable, write_frame
+from kcomplex.cli.options import Count, Exclude, Given, Include, Jobs, Partial, Root, Skip, choices
+from kcomplex.cli.output import OutputFormat, check_figure, errors, output_format, tell_coverage, write_frame
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from kcomplex.estimators.estimator import Estimator
     from kcomplex.measuring.descriptions import Descriptions
-    from kcomplex.weights import TensorHandle, Weights
+    from kcomplex.weights import SkippedTensor, TensorHandle, Weights
 
 
 def describe(
@@ -30,11 +31,13 @@ def describe(
         list[str] | None,
         typer.Option("--estimator", "-e", metavar="SPEC", help="'zstd:level=19', 'palette|entropy' ...; repeat it"),
     ] = None,
-    include: Annotated[
-        list[str] | None, typer.Option(metavar="GLOB", help="only tensors that match; repeat it")
-    ] = None,
-    exclude: Annotated[list[str] | None, typer.Option(metavar="GLOB", help="no tensors that match; repeat it")] = None,
-    given: Annotated[str | None, typer.Option(metavar="PATH|RECIPE", help=GIVEN)] = None,
+    include: Include = None,
+    exclude: Exclude = None,
+    root: Root = "",
+    count: Count = None,
+    skip: Skip = None,
+    partial: Partial = False,
+    given: Given = None,
     per_tensor: Annotated[bool, typer.Option("--per-tensor", help="one row an estimator and tensor")] = False,
     explain: Annotated[
         bool, typer.Option("--explain", help="where the bits are: by part and tensor, beside what histograms leave")
@@ -46,12 +49,12 @@ def describe(
         Path | None, typer.Option("--figure", metavar="FILE", help="--explain drawn: .png, .pdf or .svg")
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="list tensors and what would be skipped, reading headers only")
+        bool, typer.Option("--dry-run", help="list the tensors, their roles and what is counted, reading headers only")
     ] = False,
     verify: Annotated[
         bool, typer.Option("--verify", help="decode every code and compare before its number is shown")
     ] = False,
-    jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="threads; the numbers don't depend on it")] = 1,
+    jobs: Jobs = 1,
     as_json: Annotated[bool, typer.Option("--json", help="everything as JSON")] = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="the table as CSV (the default when piped)")] = False,
 ) -> None:
@@ -75,15 +78,16 @@ def describe(
     documents = []
     frames = []
     with ExitStack() as stack:
-        opened = [stack.enter_context(open_weights(path, include or (), exclude or ())) for path in paths]
+        chosen = choices(include, exclude, root, count, skip)
+        opened = [stack.enter_context(open_weights(path, **chosen)) for path in paths]
         for path, weights in zip(paths, opened, strict=True):
             if dry_run:
                 frames.append(_listing(weights))
             elif explain:
-                explanations = explain_weights(weights, wanted, jobs, shuffled, verify)
+                explanations = explain_weights(weights, wanted, jobs, shuffled, verify, partial)
                 frames.append(pd.concat([item.to_frame() for item in explanations], ignore_index=True))
             else:
-                descriptions = _measure(weights, wanted, jobs, verify)
+                descriptions = _measure(weights, wanted, jobs, verify, partial)
                 documents.append(_document(path, weights, descriptions))
                 frames.append(descriptions.to_frame(per_tensor=per_tensor))
             if len(paths) > 1:
@@ -93,8 +97,8 @@ def describe(
                     show_explanation(item, weights.source, per_tensor)
             elif output is OutputFormat.TABLE:
                 write_frame(_shown(frames[-1], dry_run, per_tensor), output, title=_title(weights))
-            if not dry_run:
-                _tell_skipped(weights)
+            care = descriptions[0].care if documents and descriptions else ()
+            tell_coverage(weights.coverage, () if dry_run else care)
     if figure is not None:
         draw_explanation(explanations[0], figure)
     if output is OutputFormat.JSON and not dry_run and not explain:
@@ -103,7 +107,7 @@ def describe(
         write_frame(pd.concat(frames, ignore_index=True), output)
 
 
-def _measure(weights: Weights, wanted: list[Estimator], jobs: int, verify: bool) -> Descriptions:
+def _measure(weights: Weights, wanted: list[Estimator], jobs: int, verify: bool, partial: bool) -> Descriptions:
     from rich.progress import Progress
 
     from kcomplex.measuring.measure import describe as measure
@@ -115,7 +119,7 @@ def _measure(weights: Weights, wanted: list[Estimator], jobs: int, verify: bool)
         def advance(estimator: Estimator, handle: TensorHandle) -> None:
             bar.update(task, advance=handle.nbytes, description=estimator.spec)
 
-        descriptions = measure(weights, wanted, jobs=jobs, progress=advance)
+        descriptions = measure(weights, wanted, jobs=jobs, progress=advance, partial=partial)
         for description in descriptions:
             if verify and description.kind == "code":
                 bar.update(task, description=f"verifying {description.estimator}")
@@ -138,21 +142,23 @@ def _listing(weights: Weights) -> pd.DataFrame:
 
     from kcomplex.weights import dtype_name
 
+    listed: list[tuple[TensorHandle | SkippedTensor, str, str, str]] = [
+        *((item, " = ".join((name, *item.aliases)), dtype_name(item.dtype), "") for name, item in weights.items()),
+        *((item, item.name, item.dtype, item.why) for item in weights.skipped),
+    ]
     rows = [
         {
-            "tensor": " = ".join((handle.name, *handle.aliases)),
-            "shape": _shape(handle.shape),
-            "dtype": dtype_name(handle.dtype),
-            "bytes": handle.nbytes,
-            "skipped": "",
+            "tensor": name,
+            "dtype": dtype,
+            "shape": _shape(item.shape),
+            "bytes": item.nbytes,
+            "role": item.role,
+            "counted": not why,
+            "why": why,
         }
-        for handle in weights.values()
+        for item, name, dtype, why in listed
     ]
-    rows += [
-        {"tensor": item.name, "shape": _shape(item.shape), "dtype": item.dtype, "bytes": 0, "skipped": item.reason}
-        for item in weights.skipped
-    ]
-    return pd.DataFrame(rows, columns=["tensor", "shape", "dtype", "bytes", "skipped"])
+    return pd.DataFrame(rows, columns=["tensor", "dtype", "shape", "bytes", "role", "counted", "why"])
 
 
 def _shape(shape: tuple[int, ...] | None) -> str:
@@ -180,13 +186,3 @@ def _shown(frame: pd.DataFrame, dry_run: bool, per_tensor: bool) -> pd.DataFrame
 
 def _title(weights: Weights) -> str:
     return f"{weights.source}: {len(weights)} tensors, {weights.elements:,} weights, {weights.nbytes:,} bytes"
-
-
-def _tell_skipped(weights: Weights) -> None:
-    """Say on the standard error what was left out; the dry run lists every tensor."""
-    reasons: dict[str, list[str]] = {}
-    for item in weights.skipped:
-        reasons.setdefault(item.reason, []).append(item.name)
-    for reason, names in reasons.items():
-        some = ", ".join(names[:3]) + (f" and {len(names) - 3} more (--dry-run lists them)" if len(names) > 3 else "")
-        errors.print(printable(f"skipped: {some}: {reason}"), markup=False)

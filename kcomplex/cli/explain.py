@@ -20,7 +20,7 @@ _MOST_TENSORS = 20
 
 
 def explain_weights(
-    weights: Weights, wanted: list[Estimator], jobs: int, shuffled: bool, verify: bool
+    weights: Weights, wanted: list[Estimator], jobs: int, shuffled: bool, verify: bool, partial: bool
 ) -> tuple[Explanation, ...]:
     """Return an explanation an estimator, with a bar on the standard error; ``verify`` decodes every code."""
     from rich.progress import Progress, TaskID
@@ -36,7 +36,8 @@ def explain_weights(
                 tasks[label] = bar.add_task(label, total=max(weights.nbytes, 1))
             bar.update(tasks[label], advance=handle.nbytes)
 
-        explanations = explain(weights, wanted, shuffle=0 if shuffled else None, jobs=jobs, progress=advance)
+        seed = 0 if shuffled else None
+        explanations = explain(weights, wanted, shuffle=seed, jobs=jobs, progress=advance, partial=partial)
         for item in explanations:
             if verify and item.description.kind == "code":
                 bar.add_task(f"verifying {item.description.estimator}", total=None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from collections.abc import Iterable
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,8 @@ from kcomplex.machine.files import replacing
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
+
+    from kcomplex.weights import Coverage
 
 GIVEN = "weights that the code may use: a checkpoint, or 'seed:factory=package.module:function,seed=0'"
 
@@ -96,6 +99,13 @@ def write_figure(axes: Axes, frame: pd.DataFrame, path: Path) -> None:
     except OSError as error:
         raise KComplexError(f"{path}: can't be written: {error.strerror or error}") from error
     errors.print(f"wrote {path} and {table}", markup=False)
+
+
+def tell_coverage(coverage: Coverage, care: Iterable[str] = ()) -> None:
+    """Say on the standard error what share of its source a number is the number of, and what to know besides."""
+    errors.print(printable(f"coverage: {coverage}"), markup=False)
+    if care:
+        errors.print(printable(f"care: {'; '.join(care)}"), markup=False)
 
 
 def printable(text: str) -> str:

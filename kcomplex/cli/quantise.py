@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from kcomplex.cli.options import Count, Jobs, Partial, Root, Skip
 from kcomplex.cli.output import OutputFormat, errors, output_format, write_frame
 from kcomplex.errors import KComplexError, SpecError
 from kcomplex.quantising.step_search import DEFAULT_ESTIMATOR, EVALUATIONS, WITHIN
@@ -32,7 +33,11 @@ def quantise(
     ] = None,
     within: Annotated[float, typer.Option(help="share of the loss that may be added")] = WITHIN,
     evaluations: Annotated[int, typer.Option(help="how often the loss may be evaluated")] = EVALUATIONS,
-    jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="threads; the file doesn't depend on it")] = 1,
+    root: Root = "",
+    count: Count = None,
+    skip: Skip = None,
+    partial: Partial = False,
+    jobs: Jobs = 1,
     as_json: Annotated[bool, typer.Option("--json", help="the outcome as JSON")] = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="the tensors as CSV (the default when piped)")] = False,
 ) -> None:
@@ -62,6 +67,10 @@ def quantise(
             evaluate=function,
             within=within,
             evaluations=evaluations,
+            root=root,
+            count=count or (),
+            skip=skip or (),
+            partial=partial,
             jobs=jobs,
             progress=advance,
         )

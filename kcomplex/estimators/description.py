@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from kcomplex.errors import WeightsError
-from kcomplex.weights import SkippedTensor
+from kcomplex.weights import Coverage, SkippedTensor
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -86,6 +86,10 @@ class Description:
         Version of kcomplex that measured.
     skipped
         Tensors that were left out, with reasons.
+    selection
+        What the caller chose of the source; see `kcomplex.weights.Weights`.
+    nonfinite
+        How many weights of which tensors are NaN or infinite.
     """
 
     estimator: str
@@ -101,6 +105,8 @@ class Description:
     seconds: float
     version: str
     skipped: tuple[SkippedTensor, ...] = ()
+    selection: str = ""
+    nonfinite: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.unit == "bits" and self.parts and math.fsum(self.parts.values()) != self.value:
@@ -122,6 +128,32 @@ class Description:
     def ratio(self) -> float:
         """Raw bits divided by bits (2 means half the raw size)."""
         return self.raw_bits / self.bits if self.bits else math.nan
+
+    @property
+    def coverage(self) -> Coverage:
+        """How much of the source was measured."""
+        return Coverage.of(len(self.tensors), self.raw_bits // 8, self.skipped)
+
+    @property
+    def care(self) -> tuple[str, ...]:
+        """What to know before the number is believed: NaN, duplicates, what was folded, copies, what was unreadable."""
+        told = []
+        if self.nonfinite:
+            some = _some(list(self.nonfinite))
+            told.append(f"{sum(self.nonfinite.values()):,} weights are NaN or infinite, in {some}")
+        same = [tensor.name for tensor in self.tensors if tensor.same_as]
+        if same:
+            told.append(f"{_some(same)} cost nothing: the same as earlier tensors")
+        folded = [item.name for item in self.skipped if item.folded]
+        if folded:
+            told.append(f"{_some(folded)}: folded into what the network computes with")
+        copies = [item.name for item in self.skipped if item.role == "copy"]
+        if copies:
+            told.append(f"{_some(copies)}: copies of the network")
+        unread = [item.name for item in self.skipped if item.role in ("", "packed")]
+        if unread:
+            told.append(f"{_some(unread)} can't be measured")
+        return tuple(told)
 
     def __repr__(self) -> str:
         length = (
@@ -145,6 +177,11 @@ class Description:
             "ratio": self.ratio,
             "weights": self.weights,
             "raw_bits": self.raw_bits,
+            "counted_tensors": len(self.tensors),
+            "all_tensors": self.coverage.of_tensors,
+            "coverage": self.coverage.share,
+            "nonfinite": sum(self.nonfinite.values()),
+            "selection": self.selection,
             "lossless": self.lossless,
             "distortion": self.distortion,
             "seconds": self.seconds,
@@ -187,6 +224,10 @@ class Description:
         ax.invert_yaxis()
         ax.set_xlabel(f"{self.estimator} ({self.kind}), {'bits per weight' if in_bits else self.unit}")
         return ax
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3:,} more" if len(names) > 3 else "")
 
 
 def shape_text(shape: tuple[int, ...] | list[int]) -> str:

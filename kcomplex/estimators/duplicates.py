@@ -66,7 +66,7 @@ def distinct_weights(weights: Weights) -> Distinct:
             if len(handles) > 1:
                 originals |= _originals(handles)
     own = [handle for name, handle in weights.items() if name not in originals]
-    return Distinct(Weights(own, weights.skipped, weights.source) if originals else weights, originals)
+    return Distinct(weights.with_tensors(own, weights.skipped) if originals else weights, originals)
 
 
 def duplicate(original: torch.Tensor, shape: tuple[int, ...], transposed: bool) -> torch.Tensor:

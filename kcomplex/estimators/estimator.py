@@ -178,6 +178,7 @@ def assemble(
         seconds=time.perf_counter() - start,
         version=VERSION,
         skipped=weights.skipped,
+        selection=weights.selection,
     )
 
 

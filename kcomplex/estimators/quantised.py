@@ -150,7 +150,7 @@ def quantised_weights(estimator: QuantisedCode | QuantisedLength, weights: Weigh
         else handle
         for handle in weights.values()
     ]
-    return Weights(handles, weights.skipped, weights.source)
+    return weights.with_tensors(handles, weights.skipped)
 
 
 def _quantised_tensor(quantiser: Quantiser, handle: TensorHandle, shared: bytes) -> torch.Tensor:

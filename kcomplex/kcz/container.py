@@ -15,7 +15,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from threading import Lock
-from typing import BinaryIO
+from typing import BinaryIO, Unpack
 
 import numpy as np
 import torch
@@ -36,7 +36,7 @@ from kcomplex.machine.files import beside, refuse_overwriting, replacing
 from kcomplex.machine.limits import require_memory
 from kcomplex.machine.parallel import in_order
 from kcomplex.sources.formats.safetensors_file import original_layout, safetensors_header
-from kcomplex.sources.open import Source, opened
+from kcomplex.sources.open import Choices, Source, opened
 from kcomplex.weights import TensorHandle, Weights, Words, squared_error, word_dtype, words_of
 
 Progress = Callable[[TensorHandle], None]
@@ -50,6 +50,8 @@ def encode(
     given: GivenSource | None = None,
     jobs: int = 1,
     progress: Progress | None = None,
+    partial: bool = False,
+    **choices: Unpack[Choices],
 ) -> int:
     """Write weights as a ``.kcz`` file and return its size in bytes.
 
@@ -67,6 +69,8 @@ def encode(
         Threads; a code that learns from tensor to tensor uses one.
     progress
         Called after each piece: a tensor, or 4 million weights of one.
+    partial, choices
+        See `kcomplex.describe`.
 
     Raises
     ------
@@ -81,7 +85,7 @@ def encode(
     target = Path(path)
     refuse_overwriting(target, source, given_path(code.given) if isinstance(code, GivenCode) else None)
     try:
-        with opened(source) as weights, replacing(target) as temporary, ExitStack() as stack:
+        with opened(source, partial, **choices) as weights, replacing(target) as temporary, ExitStack() as stack:
             notes, distinct = _layout_of(source, weights), distinct_weights(weights)
             latest = temporary
 
@@ -339,7 +343,12 @@ def _written(file: BinaryIO, offset: int, entry: TensorEntry) -> Words:
 
 
 def verify(
-    path: str | os.PathLike[str], source: Source | None = None, *, given: GivenSource | None = None, jobs: int = 1
+    path: str | os.PathLike[str],
+    source: Source | None = None,
+    *,
+    given: GivenSource | None = None,
+    jobs: int = 1,
+    **choices: Unpack[Choices],
 ) -> float:
     """Decode every tensor of a ``.kcz`` file and return the mean squared error a weight that it says to have.
 
@@ -348,6 +357,8 @@ def verify(
     source
         What was encoded. Names, dtypes, shapes, metadata and order must be the same; tensors that the file calls exact,
         bit for bit; the others must have the squared error that it tells.
+    choices
+        What was chosen of it when it was encoded; see `kcomplex.describe`.
 
     Raises
     ------
@@ -361,7 +372,7 @@ def verify(
             for _ in container.pieces(jobs):
                 pass
         else:
-            with opened(source) as weights:
+            with opened(source, partial=True, **choices) as weights:
                 _compare(container, weights, _layout_of(source, weights), jobs)
         elements = sum(math.prod(entry.shape) for entry in container.entries)
         return sum(container.notes.inexact.values()) / max(elements, 1)

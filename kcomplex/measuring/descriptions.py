@@ -60,7 +60,11 @@ def _plain(description: Description) -> dict[str, Any]:
             }
             for tensor in description.tensors
         ],
-        "skipped": [{"name": tensor.name, "reason": tensor.reason} for tensor in description.skipped],
+        "left_out": dict(description.coverage.left_out),
+        "care": list(description.care),
+        "skipped": [
+            {"name": tensor.name, "role": tensor.role, "reason": tensor.reason} for tensor in description.skipped
+        ],
     }
 
 

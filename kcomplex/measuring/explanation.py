@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias, Unpack
 
 from kcomplex.errors import SpecError
 from kcomplex.estimators.coder import Coder
@@ -17,7 +17,7 @@ from kcomplex.estimators.pipeline import build_estimators
 from kcomplex.estimators.quantised import QuantisedCode, QuantisedLength, quantised_weights
 from kcomplex.measuring.floor import TensorFloor, tensor_floor
 from kcomplex.measuring.shuffling import shuffled_weights
-from kcomplex.sources.open import Source, opened
+from kcomplex.sources.open import Choices, Source, opened
 from kcomplex.weights import TensorHandle, Weights
 
 if TYPE_CHECKING:
@@ -78,17 +78,17 @@ def explain(
     estimators: str | Estimator | Coder | Iterable[str | Estimator | Coder],
     *,
     shuffle: int | None = None,
-    include: Iterable[str] = (),
-    exclude: Iterable[str] = (),
     given: GivenSource | None = None,
     jobs: int = 1,
     progress: Progress | None = None,
+    partial: bool = False,
+    **choices: Unpack[Choices],
 ) -> tuple[Explanation, ...]:
     """Return one explanation an estimator.
 
     Parameters
     ----------
-    source, include, exclude, given, jobs
+    source, given, jobs, partial, choices
         See `kcomplex.describe`.
     estimators
         Specification strings or estimators that measure in bits.
@@ -109,7 +109,7 @@ def explain(
     ['floor', 'shuffled weights', 'weights']
     """
     built = build_estimators(estimators, given)
-    with opened(source, include, exclude) as weights:
+    with opened(source, partial, **choices) as weights:
         floors: dict[str, tuple[TensorFloor, ...]] = {}
         explanations = []
         for estimator in built:

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
-from functools import partial
+from dataclasses import replace
+from typing import Unpack
+
+import numpy as np
 
 from kcomplex.estimators.coder import Coder
 from kcomplex.estimators.estimator import Estimator
 from kcomplex.estimators.given import GivenSource
 from kcomplex.estimators.pipeline import build_estimators
 from kcomplex.measuring.descriptions import Descriptions
-from kcomplex.sources.open import Source, opened
-from kcomplex.weights import TensorHandle
+from kcomplex.sources.open import Choices, Source, opened
+from kcomplex.weights import TensorHandle, Weights, values_of
+
+# Weights that are looked at together.
+_SEGMENT = 1 << 20
 
 DEFAULT_ESTIMATORS = ("raw", "zstd", "planes|zstd", "palette|entropy")
 
@@ -20,12 +27,11 @@ def describe(
     source: Source,
     estimators: str | Estimator | Coder | Iterable[str | Estimator | Coder] = DEFAULT_ESTIMATORS,
     *,
-    include: Iterable[str] = (),
-    exclude: Iterable[str] = (),
-    trainable: bool | None = None,
     given: GivenSource | None = None,
     jobs: int = 1,
     progress: Callable[[Estimator, TensorHandle], None] | None = None,
+    partial: bool = False,
+    **choices: Unpack[Choices],
 ) -> Descriptions:
     """Return one description an estimator, in the order asked for.
 
@@ -35,8 +41,6 @@ def describe(
         Path, state dict, module or Weights; see `open_weights`.
     estimators
         Specification strings or estimators.
-    include, exclude, trainable
-        Selection of tensors; see `Weights.select`.
     given
         Weights that the estimators, all of them codes, may use: a checkpoint, or a recipe of an initialisation as in
         `kcomplex.estimators.given.given_of`. The lengths are then those of the difference.
@@ -44,11 +48,15 @@ def describe(
         Threads to measure tensors with; results don't depend on it.
     progress
         Called after each tensor.
+    partial
+        Measure what can be read although it is less than half of the weights, or nothing.
+    choices
+        What of the source is counted: include, exclude, trainable, root, count, skip; see `open_weights`.
 
     Raises
     ------
     KComplexError
-        The source can't be read, an estimator can't be built, or the two don't go together.
+        The source, or most of it, can't be read, an estimator can't be built, or the two don't go together.
 
     Examples
     --------
@@ -57,8 +65,25 @@ def describe(
     'code'
     """
     built = build_estimators(estimators, given)
-    with opened(source, include, exclude, trainable=trainable) as weights:
-        return Descriptions(
-            item.describe(weights, jobs=jobs, progress=None if progress is None else partial(progress, item))
+    with opened(source, partial, **choices) as weights:
+        nonfinite = count_nonfinite(weights)
+        descriptions = (
+            item.describe(weights, jobs=jobs, progress=None if progress is None else functools.partial(progress, item))
             for item in built
         )
+        return Descriptions(replace(description, nonfinite=nonfinite) for description in descriptions)
+
+
+def count_nonfinite(weights: Weights) -> dict[str, int]:
+    """Return how many weights are NaN or infinite, of the tensors that have such, by name."""
+    counts = {}
+    for name, handle in weights.items():
+        if handle.dtype.is_floating_point or handle.dtype.is_complex:
+            flat = handle.read().detach().reshape(-1)
+            finite = (
+                np.isfinite(values_of(flat[start : start + _SEGMENT])) for start in range(0, flat.numel(), _SEGMENT)
+            )
+            count = sum(int((~(part.all(axis=1) if part.ndim == 2 else part)).sum()) for part in finite)
+            if count:
+                counts[name] = count
+    return counts

@@ -26,7 +26,7 @@ def shuffled_weights(weights: Weights, seed: int = 0) -> Weights:
     if seed < 0:
         raise SpecError(f"the seed of a shuffle can't be negative: {seed}")
     handles = [replace(handle, load=partial(_shuffled, handle, seed), load_range=None) for handle in weights.values()]
-    return Weights(handles, weights.skipped, f"{weights.source}, shuffled")
+    return Weights(handles, weights.skipped, f"{weights.source}, shuffled", selection=weights.selection)
 
 
 def _shuffled(handle: TensorHandle, seed: int) -> torch.Tensor:

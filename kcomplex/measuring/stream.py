@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Unpack
 
 import torch
 
@@ -18,17 +19,26 @@ from kcomplex.estimators.pipeline import build_decoder, build_estimator
 from kcomplex.estimators.relative import GivenCode
 from kcomplex.estimators.structure import Reader, TensorEntry, decode_structure
 from kcomplex.machine.limits import require_memory
-from kcomplex.sources.open import Source, opened
+from kcomplex.sources.open import Choices, Source, opened
 from kcomplex.weights import TensorHandle, Weights, squared_error, words_of
 
 
-def encode_checkpoint(source: Source, estimator: str | Estimator | Coder, *, given: GivenSource | None = None) -> bytes:
+def encode_checkpoint(
+    source: Source,
+    estimator: str | Estimator | Coder,
+    *,
+    given: GivenSource | None = None,
+    partial: bool = False,
+    **choices: Unpack[Choices],
+) -> bytes:
     """Return the whole stream of weights under a code; eight times its length is what `describe` reports.
 
     Parameters
     ----------
     given
         Weights that the code may use; see `describe`. Decoding needs them again.
+    partial, choices
+        See `describe`.
 
     Raises
     ------
@@ -38,7 +48,7 @@ def encode_checkpoint(source: Source, estimator: str | Estimator | Coder, *, giv
     code = build_estimator(estimator, given)
     if not isinstance(code, Code):
         raise WeightsError(f"{code.spec!r} is of kind {code.kind}: it has no stream that could be decoded")
-    with opened(source) as weights:
+    with opened(source, partial, **choices) as weights:
         distinct = distinct_weights(weights)
         return shortest(code, lambda code: _encoded(weights, distinct, code))
 
@@ -119,13 +129,13 @@ def prove(source: Source, description: Description, *, given: GivenSource | None
     WeightsError
         The estimator has no decoder.
     """
-    with opened(source) as weights:
+    with opened(source, partial=True) as weights:
         _prove(weights, description, given)
 
 
 def _prove(weights: Weights, description: Description, given: GivenSource | None) -> None:
     code = build_estimator(description.estimator, given)
-    data = encode_checkpoint(weights, code)
+    data = encode_checkpoint(weights, code, partial=True)
     try:
         decoded = decode_checkpoint(data, given=code.given if isinstance(code, GivenCode) else None)
     except StreamError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ from kcomplex.kcz.container import Container, encode
 from kcomplex.machine.files import refuse_overwriting
 from kcomplex.quantising.step_search import DEFAULT_ESTIMATOR, EVALUATIONS, WITHIN, Steps
 from kcomplex.quantising.step_trials import Evaluate, Progress, Trials
-from kcomplex.sources.open import Source, opened
+from kcomplex.sources.open import Choices, Source, opened
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -109,6 +110,10 @@ def quantise(
     evaluations: int = EVALUATIONS,
     jobs: int = 1,
     progress: Progress | None = None,
+    partial: bool = False,
+    root: str = "",
+    count: str | Iterable[str] = (),
+    skip: str | Iterable[str] = (),
 ) -> Quantisation:
     """Write the shortest ``.kcz`` file found that meets one wish, and return what it took.
 
@@ -131,6 +136,8 @@ def quantise(
         Share of the baseline's loss that may be added.
     evaluations
         How often ``evaluate`` may be called.
+    root, count, skip, partial
+        What of the source is written; see `open_weights` and `kcomplex.describe`.
     jobs
         Threads that quantise and encode; the result doesn't depend on them.
     progress
@@ -159,8 +166,9 @@ def quantise(
     code = _searchable(estimator)
     _check_wishes(mse, bits, evaluate, within, evaluations)
     refuse_overwriting(Path(path), source)
-    with opened(source) as weights:
-        trials = Trials(source, weights, code, jobs, progress)
+    choices: Choices = {"root": root, "count": count, "skip": skip}
+    with opened(source, partial, **choices) as weights:
+        trials = Trials(source, choices, weights, code, jobs, progress)
         if evaluate is not None:
             outcome, baseline, limit = trials.by_loss(evaluate, within, evaluations)
             told = _written(path, trials, outcome.steps)
@@ -173,7 +181,7 @@ def quantise(
 
 def _written(path: str | os.PathLike[str], trials: Trials, steps: Steps) -> Quantisation:
     code = trials.code_with(steps)
-    size = encode(trials.source, path, code, jobs=trials.jobs)
+    size = encode(trials.source, path, code, jobs=trials.jobs, partial=True, **trials.choices)
     with Container(path) as container:
         errors = container.notes.inexact
         tensors = tuple(

@@ -19,7 +19,7 @@ from kcomplex.kcz.container import encode
 from kcomplex.machine.parallel import in_order
 from kcomplex.quantising.step_search import FINE, LossSearch, Outcome, Steps, boundary, length_probe, mean_square_probe
 from kcomplex.quantising.stepped_code import SteppedCode, with_step
-from kcomplex.sources.open import Source
+from kcomplex.sources.open import Choices, Source
 from kcomplex.weights import TensorHandle, Weights
 
 # Steps are sought between these logarithms to the base of 2: of a tensor's root mean square, and of its largest
@@ -41,9 +41,15 @@ class Trials:
     """
 
     def __init__(
-        self, source: Source, weights: Weights, code: QuantisedCode, jobs: int, progress: Progress | None
+        self,
+        source: Source,
+        choices: Choices,
+        weights: Weights,
+        code: QuantisedCode,
+        jobs: int,
+        progress: Progress | None,
     ) -> None:
-        self.source, self.weights, self.code = source, weights, code
+        self.source, self.choices, self.weights, self.code = source, choices, weights, code
         self.jobs, self.progress = jobs, progress
         # A tensor that is the same as an earlier one has its step, and costs nothing.
         own, self.originals = distinct_weights(weights)
@@ -171,7 +177,9 @@ class Trials:
         return float(f"{2 ** (octaves / sum(self.sizes.values())):.4g}")
 
     def _bits(self, folder: Path, steps: Steps) -> float:
-        return 8 * encode(self.source, folder / "trial.kcz", self.code_with(steps), jobs=self.jobs)
+        path = folder / "trial.kcz"
+        code = self.code_with(steps)
+        return 8 * encode(self.source, path, code, jobs=self.jobs, partial=True, **self.choices)
 
     def _tensor_bits(self, name: str, step: float) -> float:
         code = with_step(self.code, step)

@@ -31,7 +31,7 @@ class Format(Protocol):
         ...
 
 
-def open_path(path: str) -> Weights:
+def open_path(path: str, root: str = "") -> Weights:
     """Return the weights of a file or folder of any known format.
 
     Raises

@@ -13,7 +13,7 @@ from kcomplex.errors import WeightsError
 from kcomplex.weights import DTYPES, SkippedTensor, TensorHandle, Weights, dtype_name
 
 
-def state_dict_weights(tensors: Mapping[str, Any], source: str = "state dict") -> Weights:
+def state_dict_weights(tensors: Mapping[str, Any], source: str = "state dict", root: str = "") -> Weights:
     """Return the weights of a mapping from names to tensors; entries that aren't tensors are skipped with a reason.
 
     Tensors that share storage, shape and layout count once, under all their names.

@@ -106,7 +106,9 @@ def test_dry_run_lists_what_is_there_and_what_is_skipped(tmp_path: Path, run: Ru
     rows = {row["tensor"]: row for row in csv.DictReader(io.StringIO(answer.stdout))}
     assert rows["encoder.weight"]["shape"] == "40x30"
     assert rows["encoder.bias"]["dtype"] == "float16"
-    assert rows["epoch"]["skipped"]
+    assert rows["encoder.bias"]["role"] == "bias"
+    assert (rows["encoder.weight"]["counted"], rows["epoch"]["counted"]) == ("True", "False")
+    assert rows["epoch"]["why"]
 
 
 def test_dry_run_reads_headers_only(tmp_path: Path, run: Run) -> None:

@@ -92,11 +92,14 @@ def test_json_has_no_nan_and_no_infinity() -> None:
     assert json.loads(diverged.to_json(), parse_constant=refuse)[0]["value"] is None
 
 
-def test_no_weights_at_all() -> None:
-    (description,) = kc.describe({}, "zstd")
+def test_no_weights_at_all_are_an_error_unless_asked_for() -> None:
+    for measure in (kc.describe, kc.encode_checkpoint):
+        with pytest.raises(WeightsError, match="no tensor"):
+            measure({}, "zstd")
+    (description,) = kc.describe({}, "zstd", partial=True)
     assert description.weights == 0
     assert math.isnan(description.bits_per_weight)
-    assert kc.decode_checkpoint(kc.encode_checkpoint({}, "zstd")) == {}
+    assert kc.decode_checkpoint(kc.encode_checkpoint({}, "zstd", partial=True)) == {}
 
 
 def test_a_plot_names_the_kind(model: torch.nn.Module) -> None:
