@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Unpack
@@ -12,10 +13,11 @@ import numpy as np
 from kcomplex.estimators.coder import Coder
 from kcomplex.estimators.estimator import Estimator
 from kcomplex.estimators.given import GivenSource
+from kcomplex.estimators.pieces import handles_of
 from kcomplex.estimators.pipeline import build_estimators
 from kcomplex.measuring.descriptions import Descriptions
 from kcomplex.sources.open import Choices, Source, opened
-from kcomplex.weights import TensorHandle, Weights, values_of
+from kcomplex.weights import TensorHandle, Weights
 
 # Weights that are looked at together.
 _SEGMENT = 1 << 20
@@ -76,14 +78,11 @@ def describe(
 
 def count_nonfinite(weights: Weights) -> dict[str, int]:
     """Return how many weights are NaN or infinite, of the tensors that have such, by name."""
-    counts = {}
+    counts = Counter[str]()
     for name, handle in weights.items():
         if handle.dtype.is_floating_point or handle.dtype.is_complex:
-            flat = handle.read().detach().reshape(-1)
-            finite = (
-                np.isfinite(values_of(flat[start : start + _SEGMENT])) for start in range(0, flat.numel(), _SEGMENT)
-            )
-            count = sum(int((~(part.all(axis=1) if part.ndim == 2 else part)).sum()) for part in finite)
-            if count:
-                counts[name] = count
-    return counts
+            for piece in handles_of(handle, _SEGMENT):
+                finite = np.isfinite(piece.values())
+                # Of a complex number, both parts have to be.
+                counts[name] += int((~(finite.all(axis=-1) if handle.dtype.is_complex else finite)).sum())
+    return dict(+counts)
