@@ -47,8 +47,8 @@ _LAYOUT: dict[torch.dtype, tuple[int, int]] = {
 DTYPES: dict[str, torch.dtype] = {str(dtype).removeprefix("torch."): dtype for dtype in _LAYOUT}
 
 # What a tensor is to the network. The first are counted unless somebody says otherwise, the others are not.
-COUNTED = ("weight", "bias", "norm", "statistic", "buffer")
-LEFT_OUT = ("mask", "constant", "latent", "copy", "optimiser", "packed")
+COUNTED = ("weight", "bias", "norm", "statistic")
+LEFT_OUT = ("buffer", "mask", "constant", "latent", "copy", "optimiser", "packed")
 ROLES = (*COUNTED, *LEFT_OUT)
 
 

@@ -20,10 +20,10 @@ Exclude: TypeAlias = Annotated[list[str] | None, typer.Option(metavar="GLOB", he
 Root: TypeAlias = Annotated[str, typer.Option(metavar="KEY", help="the place of the network in a file: model.encoder")]
 Count: TypeAlias = Annotated[
     list[str] | None,
-    typer.Option(metavar="ROLE", help="count mask, constant, latent, copy, optimiser or all, too; repeat it"),
+    typer.Option(metavar="ROLE", help="count buffer, mask, constant, latent, copy, optimiser or all, too; repeat it"),
 ]
 Skip: TypeAlias = Annotated[
-    list[str] | None, typer.Option(metavar="ROLE", help="leave out bias, norm, statistic or buffer; repeat it")
+    list[str] | None, typer.Option(metavar="ROLE", help="leave out bias, norm or statistic; repeat it")
 ]
 Partial: TypeAlias = Annotated[bool, typer.Option("--partial", help="measure what can be read, however little it is")]
 Jobs: TypeAlias = Annotated[int, typer.Option("--jobs", "-j", min=1, help="threads; the result doesn't depend on it")]

@@ -16,18 +16,17 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from kcomplex.sources.state_dicts import Entry, collect
-from kcomplex.weights import SkippedTensor, Weights, dtype_name
+from kcomplex.weights import Weights
 
 
 def module_weights(module: nn.Module) -> Weights:
-    """Return the weights of a module; non-persistent buffers, which no checkpoint holds, are skipped.
+    """Return the weights of a module; non-persistent buffers, which no checkpoint holds, have the role ``buffer``.
 
     Where a parametrisation, `torch.nn.utils.prune` or (in its older form) weight or spectral normalisation computes a
     tensor, that tensor is read as it is in evaluation, under its plain name and in place of its latent originals. It is
     trainable where one of them is.
     """
     entries: list[Entry] = []
-    skipped = []
     for prefix, part in module.named_modules(remove_duplicate=False):
         if "parametrizations" in prefix.split("."):
             continue
@@ -43,15 +42,10 @@ def module_weights(module: nn.Module) -> Weights:
             if parameter is not None and name not in latent:
                 entries.append(Entry(dot + name, parameter, None, parameter.requires_grad))
         for name, buffer in part._buffers.items():
-            if buffer is None or name in latent:
-                continue
-            if name in part._non_persistent_buffers_set:
-                skipped.append(
-                    SkippedTensor(dot + name, "non-persistent buffer", tuple(buffer.shape), dtype_name(buffer.dtype))
-                )
-            else:
-                entries.append(Entry(dot + name, buffer, None, False))
-    return collect(entries, type(module).__name__, skipped)
+            if buffer is not None and name not in latent:
+                role = "buffer" if name in part._non_persistent_buffers_set else "weight"
+                entries.append(Entry(dot + name, buffer, None, False, role=role))
+    return collect(entries, type(module).__name__)
 
 
 _Computed: TypeAlias = tuple[str, tuple[object, ...], dict[str, torch.Tensor], Callable[[], torch.Tensor]]

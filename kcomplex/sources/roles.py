@@ -63,18 +63,23 @@ def with_roles(weights: Weights, count: Collection[str] = (), skip: Collection[s
         role, other = folded.stored.get(handle.name, ("", ""))
         if handle.name in copies:
             role, other = "copy", copies[handle.name]
+        elif handle.role != "weight":
+            role = handle.role
         told = replace(handle, role=role or _role(handle, norms))
         if told.role in counted:
             tensors.append(told)
         else:
-            reason = "folded into" if role and role != "copy" else _WHY[told.role]
+            reason = "folded into" if other and role != "copy" else _WHY[told.role]
             skipped.append(SkippedTensor.of(told, reason, told.role, other))
     wishes = [*(f"count={role}" for role in count), *(f"skip={role}" for role in skip)]
     return weights.with_tensors(tensors, skipped, ",".join(filter(None, (weights.selection, *wishes))))
 
 
 _WHY = {
-    "mask": "of attention",
+    "buffer": "non-persistent buffer",
+    "mask": "of attention or of pruning",
+    "latent": "what the network computes with is in its place",
+    "packed": "packed",
     "constant": "its configuration gives it",
     "copy": "copy of",
     "optimiser": "state of the optimiser",

@@ -60,6 +60,8 @@ class Entry(NamedTuple):
         Whether it is a parameter with ``requires_grad``; None where the source doesn't say.
     key
         What the names of one tensor have in common; None for the memory that it lies in.
+    role
+        What it is to the network where the source knows that.
     """
 
     name: str
@@ -67,6 +69,7 @@ class Entry(NamedTuple):
     load: Callable[[], torch.Tensor] | None = None
     trainable: bool | None = None
     key: Hashable = None
+    role: str = "weight"
 
 
 def collect(
@@ -79,7 +82,7 @@ def collect(
     entries = list(entries)
     keyed: list[tuple[Hashable, TensorHandle]] = []
     left_out = list(skipped)
-    for name, value, load, trainable, key in entries:
+    for name, value, load, trainable, key, role in entries:
         reason = _unreadable(value)
         if reason:
             known = isinstance(value, torch.Tensor) and not is_lazy(value) and not value.is_nested
@@ -87,7 +90,7 @@ def collect(
             left_out.append(SkippedTensor(name, reason, shape, dtype))
             continue
         handle = TensorHandle(
-            name, tuple(value.shape), value.dtype, _gathered(load or value.detach), trainable=trainable
+            name, tuple(value.shape), value.dtype, _gathered(load or value.detach), trainable=trainable, role=role
         )
         keyed.append((key or _memory(value) or name, handle))
     return Weights(merge_shared(keyed), left_out, source)
