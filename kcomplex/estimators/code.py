@@ -14,7 +14,7 @@ import torch
 
 from kcomplex.errors import StreamError
 from kcomplex.estimators.coder import Coder, Part, size_of
-from kcomplex.estimators.description import STRUCTURE, Description, Kind
+from kcomplex.estimators.description import STRUCTURE, Description, GivenMatch, Kind
 from kcomplex.estimators.differences import from_word_differences, word_differences
 from kcomplex.estimators.duplicates import Distinct, distinct_weights
 from kcomplex.estimators.estimator import Estimator, Progress, TensorLength, describe_lengths, sum_parts
@@ -22,6 +22,7 @@ from kcomplex.estimators.pieces import handles_of, piece_limit
 from kcomplex.estimators.spec import full_spec_of, spec_of
 from kcomplex.estimators.structure import TensorEntry, encode_structure, entries_of, join_lengths, split_lengths
 from kcomplex.estimators.symbols import Shape, Symbols, piece_count, pieces, symbol_dtype, symbol_shape, symbols_of
+from kcomplex.machine.closing import Closing
 from kcomplex.machine.parallel import in_order
 from kcomplex.weights import TensorHandle, Weights, dtype_name, tensor_from_words, word_dtype
 
@@ -79,14 +80,18 @@ class Outcome(NamedTuple):
     choices: tuple[int, ...]
 
 
-class Memory:
+class Memory(Closing):
     """What a code has learned so far along one stream. This one learns nothing.
 
     Attributes
     ----------
     shared
         Side information that all tensors of the stream share.
+    given
+        Which tensors other weights are given for, where an encoder has some.
     """
+
+    given: GivenMatch | None = None
 
     def __init__(self, shared: bytes = b"") -> None:
         self.shared = shared
@@ -94,6 +99,9 @@ class Memory:
     def copy(self) -> Memory:
         """Return a memory that knows the same and learns for itself."""
         return self
+
+    def close(self) -> None:
+        """Close what was opened for the stream."""
 
 
 class Code(Estimator):
@@ -126,6 +134,10 @@ class Code(Estimator):
     def memory(self, shared: bytes) -> Memory:
         """Return the memory of a new stream; ``shared`` is what `prepare` returned."""
         return Memory(shared)
+
+    def begin(self, weights: Weights, distinct: Distinct) -> Memory:
+        """Return the memory of a new stream of weights, with and without those that are the same as an earlier one."""
+        return self.memory(self.prepare(distinct.weights))
 
     def stream_spec(self, memory: Memory) -> str:
         """Return what a stream names its decoder by: every option, whatever the defaults of its version."""
@@ -180,15 +192,16 @@ class Code(Estimator):
     def _described(
         self, weights: Weights, distinct: Distinct, jobs: int, progress: Progress | None
     ) -> tuple[Description, Outcome]:
-        encoding = Encoding(self, weights, distinct)
         pieces: dict[str, list[TensorLength]] = {}
-        for handle, length in encoding.pieces(_counted, jobs):
-            pieces.setdefault(handle.name, []).append(length)
-            if progress is not None:
-                progress(handle)
+        with Encoding(self, weights, distinct) as encoding:
+            for handle, length in encoding.pieces(_counted, jobs):
+                pieces.setdefault(handle.name, []).append(length)
+                if progress is not None:
+                    progress(handle)
         lengths = {name: TensorLength.of(found) for name, found in pieces.items()}
         parts = {STRUCTURE: 8.0 * len(encoding.structure()), "tables": 8.0 * len(encoding.shared)}
         description = describe_lengths(self, weights, distinct.originals, lengths, parts)
+        description = replace(description, given=encoding.given)
         return description, encoding.outcome(description.value, description.parts[STRUCTURE])
 
 
@@ -197,22 +210,22 @@ def _counted(encoded: EncodedTensor) -> TensorLength:
     return TensorLength(parts, encoded.squared_error, encoded.exact)
 
 
-class Encoding:
+class Encoding(Closing):
     """What a code makes of weights, piece by piece, none of which it keeps.
 
     Attributes
     ----------
-    shared
-        Side information that all tensors share.
+    shared, given
+        As of the code's `Memory`.
     limit
         Weights a piece; 0 for whole tensors.
     """
 
     def __init__(self, code: Code, weights: Weights, distinct: Distinct) -> None:
-        self.shared = code.prepare(distinct.weights)
         self.limit = piece_limit(code.divisible)
         self._code, self._weights, self._distinct = code, weights, distinct
-        self._memory = code.memory(self.shared)
+        self._memory = code.begin(weights, distinct)
+        self.shared, self.given = self._memory.shared, self._memory.given
         self._streams: dict[str, list[tuple[int, int]]] = {name: [] for name in distinct.weights}
 
     def pieces(self, take: Callable[[EncodedTensor], Taken], jobs: int = 1) -> Iterator[tuple[TensorHandle, Taken]]:
@@ -258,6 +271,10 @@ class Encoding:
         """Return what came of it, given the bits of the whole stream and of its structure."""
         choices = (choice for told in self._streams.values() for length, choice in told if length)
         return Outcome(bits, structure_bits, tuple(choices))
+
+    def close(self) -> None:
+        """Close what the code opened."""
+        self._memory.close()
 
 
 class OtherEncoder(Code):

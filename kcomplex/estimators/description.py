@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -57,6 +57,45 @@ class TensorDescription:
 
 
 @dataclass(frozen=True)
+class GivenMatch:
+    """How many of a description's tensors are given, and how they were found.
+
+    Attributes
+    ----------
+    tensors, raw_bytes
+        Of all that was described.
+    matched, matched_bytes
+        Of what is given: tensors of the same name, and of the same shape but for a few rows.
+    renamed, naming
+        How many of them were found by a changed name, and what was left out of it or put before it.
+    resized
+        How many have more or fewer rows than the given ones.
+    unmatched
+        Names of the tensors that aren't given; with both shapes where only these differ.
+    """
+
+    tensors: int
+    matched: int
+    raw_bytes: int
+    matched_bytes: int
+    renamed: int = 0
+    naming: str = ""
+    resized: int = 0
+    unmatched: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        share = self.matched_bytes / max(self.raw_bytes, 1)
+        told = [f"{self.matched} of {self.tensors} tensors ({share:.1%} of the bytes)"]
+        if self.renamed:
+            told.append(f"{self.renamed} by {self.naming}")
+        if self.resized:
+            told.append(f"{self.resized} by common rows")
+        if self.unmatched:
+            told.append(f"not {some(self.unmatched)}")
+        return ", ".join(told)
+
+
+@dataclass(frozen=True)
 class Description:
     """The outcome of measuring weights with one estimator.
 
@@ -90,6 +129,8 @@ class Description:
         What the caller chose of the source; see `kcomplex.weights.Weights`.
     nonfinite
         How many weights of which tensors are NaN or infinite.
+    given
+        Which tensors other weights were given for; None where none were.
     """
 
     estimator: str
@@ -107,6 +148,7 @@ class Description:
     skipped: tuple[SkippedTensor, ...] = ()
     selection: str = ""
     nonfinite: Mapping[str, int] = field(default_factory=dict)
+    given: GivenMatch | None = None
 
     def __post_init__(self) -> None:
         if self.unit == "bits" and self.parts and math.fsum(self.parts.values()) != self.value:
@@ -184,6 +226,8 @@ class Description:
             "selection": self.selection,
             "lossless": self.lossless,
             "distortion": self.distortion,
+            "given_tensors": self.given and self.given.matched,
+            "given_of": self.given and self.given.tensors,
             "seconds": self.seconds,
             "version": self.version,
         }
@@ -233,3 +277,8 @@ def _some(names: list[str]) -> str:
 def shape_text(shape: tuple[int, ...] | list[int]) -> str:
     """Return a shape as tables show it: ``64x3x7x7``."""
     return "x".join(map(str, shape)) or "scalar"
+
+
+def some(names: Sequence[str], most: int = 3) -> str:
+    """Return the first of several names, and how many more there are."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -91,16 +91,23 @@ class Recipe:
         """
         module, _, function = self.factory.partition(":")
         values = {key: _literal(text) for key, text in self.arguments}
+        doing = f"the module {module!r} can't be imported"
         try:
             factory: Any = importlib.import_module(module)
+            doing = f"{module!r} has no function {function!r}"
             for name in function.split("."):
                 factory = getattr(factory, name)
+            doing = f"{self.factory} failed"
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(self.seed)
-                made = cast(Source, factory(**values))
-        except Exception as error:
-            raise SpecError(f"{self.text!r} can't be initialised: {type(error).__name__}: {error}") from error
-        return _with_digest(open_weights(made))
+                weights = open_weights(cast(Source, factory(**values)))
+        # What is imported may even end the program.
+        except (Exception, SystemExit) as error:
+            hint = ""
+            if isinstance(error, ModuleNotFoundError):
+                hint = ": install it, or name the folder that it is in by PYTHONPATH"
+            raise SpecError(f"{self.text!r}: {doing} ({type(error).__name__}: {error}){hint}") from error
+        return _with_digest(weights)
 
     def stream_text(self, digest: str) -> str:
         """Return recipe, PyTorch's version and digest."""
@@ -138,7 +145,8 @@ class GivenWeights:
             raise SpecError(
                 f"{self.weights.source}: the weights have changed since they were given: give them anew, or a copy"
             )
-        return self.weights, self.digest
+        # Without their files: these stay open for whoever gave them.
+        return Weights(self.weights.values(), self.weights.skipped, self.weights.source), self.digest
 
     def stream_text(self, digest: str) -> str:
         """Return the digest."""
@@ -249,7 +257,11 @@ def digest_of_weights(weights: Weights) -> str:
 
 
 def _with_digest(weights: Weights) -> tuple[Weights, str]:
-    return weights, digest_of_weights(weights)
+    try:
+        return weights, digest_of_weights(weights)
+    except BaseException:
+        weights.close()
+        raise
 
 
 def _recipe_of(text: str) -> Recipe | StatedGiven:

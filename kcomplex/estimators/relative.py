@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -10,10 +11,12 @@ import torch
 
 from kcomplex.errors import SpecError, StreamError
 from kcomplex.estimators.code import Code, EncodedTensor, Memory, Outcome
+from kcomplex.estimators.description import GivenMatch
+from kcomplex.estimators.duplicates import Distinct
 from kcomplex.estimators.estimator import Estimator
 from kcomplex.estimators.given import STAGE, Given, GivenSource, StatedGiven, given_of
-from kcomplex.estimators.structure import TensorEntry
-from kcomplex.estimators.symbols import Shape
+from kcomplex.estimators.matching import GivenTensors, Naming, match
+from kcomplex.estimators.structure import Reader, TensorEntry
 from kcomplex.weights import TensorHandle, Weights, dtype_name, words_of
 
 
@@ -26,29 +29,26 @@ class GivenMemory(Memory):
         Of the given weights.
     """
 
-    def __init__(self, behind: Memory, weights: Weights, digest: str) -> None:
-        super().__init__(behind.shared)
+    def __init__(
+        self, behind: Memory, weights: Weights, digest: str, naming: Naming, match: GivenMatch | None = None
+    ) -> None:
+        super().__init__(naming.to_bytes() + behind.shared)
         self.behind = behind
         self.digest = digest
-        self._handles = {name: handle for handle in weights.values() for name in (handle.name, *handle.aliases)}
+        self.given = match
+        self.tensors = GivenTensors(weights, naming)
+        self._weights = weights
 
-    def known(self, names: tuple[str, ...], dtype: torch.dtype, shape: Shape) -> torch.Tensor | None:
-        """Return the tensor that is given for one of some names, a dtype and a shape; None where there is none.
-
-        One of another dtype is of use, too, if it has elements.
-        """
-        for name in names:
-            handle = self._handles.get(name)
-            if handle is not None and handle.shape == shape and (handle.elements or handle.dtype == dtype):
-                return handle.read()
-        return None
+    def close(self) -> None:
+        """Close the files of the given weights."""
+        self._weights.close()
 
 
 @dataclass(frozen=True)
 class GivenCode(Code):
     """A code for weights given others; its specification is that of the code after ``given:...|``.
 
-    A tensor that is equal to the given one of its name takes no byte; one that has none of its names and shape is coded
+    A tensor that is equal to the given one of its name takes no byte; one that isn't given (see `matching`) is coded
     plainly.
 
     Parameters
@@ -87,11 +87,30 @@ class GivenCode(Code):
         return self.code.sequential
 
     def prepare(self, weights: Weights) -> bytes:
-        """Return the side information of the code behind."""
-        return self.code.prepare(weights)
+        """Return how given tensors are called, and the side information of the code behind."""
+        with self.begin(weights, Distinct(weights, {})) as memory:
+            return memory.shared
+
+    def begin(self, weights: Weights, distinct: Distinct) -> GivenMemory:
+        """Return the memory of a new stream, with the given weights opened.
+
+        Raises
+        ------
+        WeightsError
+            None of the tensors is given.
+        KComplexError
+            The given weights can't be opened.
+        """
+        with ExitStack() as stack:
+            given, digest = self.given.open()
+            stack.push(given)
+            naming, matched = match(weights, distinct, given)
+            memory = GivenMemory(self.code.begin(weights, distinct), given, digest, naming, matched)
+            stack.pop_all()
+        return memory
 
     def memory(self, shared: bytes) -> GivenMemory:
-        """Return the memory of a new stream, with the given weights opened.
+        """Return the memory of a stream that is decoded, with the given weights opened.
 
         Raises
         ------
@@ -100,10 +119,16 @@ class GivenCode(Code):
         KComplexError
             They can't be opened.
         """
-        weights, digest = self.given.open()
-        if self.stated is not None:
-            self.stated.require(digest)
-        return GivenMemory(self.code.memory(shared), weights, digest)
+        with ExitStack() as stack:
+            given, digest = self.given.open()
+            stack.push(given)
+            if self.stated is not None:
+                self.stated.require(digest)
+            reader = Reader(shared)
+            naming = Naming.read(reader)
+            memory = GivenMemory(self.code.memory(reader.rest()), given, digest, naming)
+            stack.pop_all()
+        return memory
 
     def stream_spec(self, memory: Memory) -> str:
         """Return the specification with every option of the code, the recipe and the digest."""
@@ -117,7 +142,7 @@ class GivenCode(Code):
     def encode(self, handle: TensorHandle, memory: Memory, known: torch.Tensor | None = None) -> EncodedTensor:
         """Return one tensor's stream; see `Code.encode`."""
         assert isinstance(memory, GivenMemory)
-        known = memory.known((handle.name, *handle.aliases), handle.dtype, handle.shape)
+        known = memory.tensors.known((handle.name, *handle.aliases), handle)
         if known is None:
             return self.code.encode(handle, memory.behind)
         if known.dtype == handle.dtype and np.array_equal(words_of(known), words_of(handle.read())):
@@ -129,7 +154,7 @@ class GivenCode(Code):
     ) -> torch.Tensor:
         """Return the tensor; see `Code.decode`."""
         assert isinstance(memory, GivenMemory)
-        known = memory.known(entry.names, entry.dtype, entry.shape)
+        known = memory.tensors.known(entry.names, entry)
         if known is None or data:
             return self.code.decode(entry, data, memory.behind, known)
         if known.dtype != entry.dtype:

@@ -152,7 +152,7 @@ def encode_structure(spec: str, shared: int, entries: Sequence[TensorEntry]) -> 
         Length in bytes of the side information shared by all tensors.
     """
     body = bytearray()
-    _put_text(body, spec)
+    body += text_bytes(spec)
     own = [entry for entry in entries if entry.original is None]
     counts = [len(entry.lengths) for entry in own]
     choices = [choice for entry in own for choice in entry.choices]
@@ -163,7 +163,7 @@ def encode_structure(spec: str, shared: int, entries: Sequence[TensorEntry]) -> 
     body += join_lengths(len(entry.names) for entry in entries)
     for entry in entries:
         for name in entry.names:
-            _put_text(body, name)
+            body += text_bytes(name)
     for entry in entries:
         marks = 0 if entry.original is None else _SAME | (_TRANSPOSED if entry.transposed else 0)
         body.append(_DTYPE_NUMBERS[dtype_name(entry.dtype)] | marks)
@@ -339,7 +339,7 @@ def split_lengths(data: bytes, count: int) -> list[bytes]:
     return [*(reader.take(length) for length in lengths), reader.rest()]
 
 
-def _put_text(body: bytearray, text: str) -> None:
+def text_bytes(text: str) -> bytes:
+    """Return a text: length, then UTF-8."""
     encoded = text.encode()
-    body += varint(len(encoded))
-    body += encoded
+    return varint(len(encoded)) + encoded

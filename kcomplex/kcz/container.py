@@ -92,8 +92,7 @@ def encode(
             def written(trial: Code) -> tuple[Path, Outcome]:
                 nonlocal latest
                 latest = stack.enter_context(beside(latest))
-                with latest.open("wb") as file:
-                    encoding = Encoding(trial, weights, distinct)
+                with latest.open("wb") as file, Encoding(trial, weights, distinct) as encoding:
                     # Whoever watches sees each tensor once.
                     return latest, _write(file, encoding, distinct, notes, jobs, progress if trial is code else None)
 
@@ -161,6 +160,9 @@ class Container(Closing):
         except OSError as error:
             raise StreamError(f"{self.path}: can't be read: {error.strerror or error}") from error
         self._reading, self._learning = Lock(), Lock()
+        # What was read last of a code that learns, and the stream that follows it.
+        self._memory: Memory | None = None
+        self._next = 0
         try:
             self._open()
         except StreamError as error:
@@ -176,9 +178,6 @@ class Container(Closing):
         self._streams, self._limit = index.streams, index.limit
         self._code = build_decoder(index.spec, self._given)
         self._shared = self._section(*index.shared, "the shared side information")
-        # What was read last of a code that learns, and the stream that follows it.
-        self._memory: Memory | None = None
-        self._next = 0
 
     def pieces(self, jobs: int = 1) -> Iterator[tuple[TensorEntry, Piece, torch.Tensor]]:
         """Yield every tensor piece by piece, no more of them in memory than are being decoded.
@@ -196,9 +195,10 @@ class Container(Closing):
             A piece's bytes were changed.
         """
         threads = 1 if self._code.sequential else jobs
-        decoded = in_order(partial(self._decoded, self._new_memory()), self._streams, threads)
-        for stream, tensor in zip(self._streams, decoded, strict=True):
-            yield self.entries[stream.tensor], stream.piece, tensor
+        with self._new_memory() as memory:
+            decoded = in_order(partial(self._decoded, memory), self._streams, threads)
+            for stream, tensor in zip(self._streams, decoded, strict=True):
+                yield self.entries[stream.tensor], stream.piece, tensor
 
     def pieces_of(self, weights: Weights) -> Iterator[TensorHandle]:
         """Yield the pieces of other weights, of the same names and shapes, as `pieces` does those of the file."""
@@ -238,7 +238,9 @@ class Container(Closing):
             tensor = self._joined(entry, memory, wanted)
             # Of two memories, the one that is further on.
             if self._memory is None or wanted[-1] >= self._next:
-                self._memory, self._next = memory, wanted[-1] + 1
+                memory, self._memory, self._next = self._memory or memory, memory, wanted[-1] + 1
+            if memory is not self._memory:
+                memory.close()
             return tensor
 
     def _new_memory(self) -> Memory:
@@ -277,8 +279,10 @@ class Container(Closing):
         return data
 
     def close(self) -> None:
-        """Close the file."""
+        """Close the file, and those of given weights."""
         self._file.close()
+        if self._memory is not None:
+            self._memory.close()
 
 
 def decode(

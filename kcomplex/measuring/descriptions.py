@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from kcomplex.estimators.description import Description
@@ -65,6 +66,7 @@ def _plain(description: Description) -> dict[str, Any]:
         "skipped": [
             {"name": tensor.name, "role": tensor.role, "reason": tensor.reason} for tensor in description.skipped
         ],
+        "given": None if description.given is None else asdict(description.given),
     }
 
 

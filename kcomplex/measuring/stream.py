@@ -54,8 +54,8 @@ def encode_checkpoint(
 
 
 def _encoded(weights: Weights, distinct: Distinct, code: Code) -> tuple[bytes, Outcome]:
-    encoding = Encoding(code, weights, distinct)
-    streams = [stream for _, stream in encoding.pieces(EncodedTensor.to_bytes)]
+    with Encoding(code, weights, distinct) as encoding:
+        streams = [stream for _, stream in encoding.pieces(EncodedTensor.to_bytes)]
     structure = encoding.structure()
     stream = b"".join([structure, encoding.shared, *streams])
     return stream, encoding.outcome(8.0 * len(stream), 8.0 * len(structure))
@@ -85,19 +85,19 @@ def decode_checkpoint(data: bytes, *, given: GivenSource | None = None) -> dict[
     # The last one may be joined from parts while all others are there.
     sizes = [entry.nbytes for entry in structure.tensors]
     require_memory(sum(sizes) + max(sizes, default=0))
-    memory = code.memory(data[structure.size : position])
     decoded: list[torch.Tensor] = []
-    for entry in structure.tensors:
-        stream = data[position : position + entry.length]
-        position += entry.length
-        try:
-            if entry.original is None:
-                decoded.append(_decoded(code, entry, stream, memory))
-            else:
-                decoded.append(duplicate(decoded[entry.original], entry.shape, entry.transposed))
-        except (StreamError, MemoryError) as error:
-            problem = str(error) or "it claims more memory than there is"
-            raise StreamError(f"the tensor {entry.names[0]!r} can't be decoded: {problem}") from error
+    with code.memory(data[structure.size : position]) as memory:
+        for entry in structure.tensors:
+            stream = data[position : position + entry.length]
+            position += entry.length
+            try:
+                if entry.original is None:
+                    decoded.append(_decoded(code, entry, stream, memory))
+                else:
+                    decoded.append(duplicate(decoded[entry.original], entry.shape, entry.transposed))
+            except (StreamError, MemoryError) as error:
+                problem = str(error) or "it claims more memory than there is"
+                raise StreamError(f"the tensor {entry.names[0]!r} can't be decoded: {problem}") from error
     pairs = zip(structure.tensors, decoded, strict=True)
     return {name: tensor for entry, tensor in pairs for name in entry.names}
 

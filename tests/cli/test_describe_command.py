@@ -236,3 +236,13 @@ def test_what_can_not_be_explained_is_one_clear_error(
     assert message in " ".join(printed.err.split())
     assert printed.out == ""
     assert [path.name for path in tmp_path.iterdir()] == ["model.pt"]
+
+
+def test_weights_of_which_none_is_given_are_refused(tmp_path: Path, run_installed: Run) -> None:
+    old, new = tmp_path / "old.safetensors", tmp_path / "new.safetensors"
+    safetensors.torch.save_file({"x": torch.ones(3)}, old)
+    safetensors.torch.save_file({"a": torch.ones(2, 2)}, new)
+    done = run_installed("describe", str(new), "--given", str(old), "-e", "zstd")
+    assert done.returncode == 2
+    assert "none of its 1 tensors" in done.stderr
+    assert "Traceback" not in done.stderr
