@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from kcomplex.cli.output import OutputFormat, errors, output_format, write_frame
+from kcomplex.cli.output import GIVEN, OutputFormat, errors, output_format, printable, write_frame
+from kcomplex.errors import RunError
 
 
 def runs(
@@ -16,23 +18,43 @@ def runs(
     measure: Annotated[
         bool, typer.Option("--measure", help="first measure snapshots that an interruption left behind")
     ] = False,
+    given: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATH|RECIPE", help=f"{GIVEN}; without it none that a run names is opened or called"),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="as JSON")] = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="as CSV (the default when piped)")] = False,
 ) -> None:
-    """List runs: one row a run and estimator, with the newest metrics."""
+    """List runs: one row a run and estimator, with the newest metrics; those that can't be read are named."""
     from kcomplex.tracking import frames
 
     output = output_format(as_json, as_csv)
+    told: set[str] = set()
+
+    def tell(error: RunError) -> None:
+        if str(error) not in told:
+            told.add(str(error))
+            errors.print("error:", printable(str(error)), markup=False)
+
     if measure:
         from kcomplex.tracking.worker import measure_pending
 
         for name, folder in frames.find_runs(path).items():
-            errors.print(f"{name}: measured {measure_pending(folder)} snapshots", markup=False)
+            try:
+                count = measure_pending(folder, given=given or ())
+            except RunError as error:
+                if folder == Path(path):
+                    raise
+                tell(error)
+            else:
+                errors.print(f"{printable(name)}: measured {count} snapshots", markup=False)
     if events:
-        write_frame(frames.load_events(path), output)
-        return
-    frame = frames.load_runs(path)
-    if not all_snapshots:
-        frame = frame[frame["step"] == frame.groupby("run")["step"].transform("max")]
-    hidden = ["value", "unit", "bits", "raw_bits", "wall_time", "seconds", "version", "lossless", "distortion"]
-    write_frame(frame.drop(columns=hidden) if output is OutputFormat.TABLE else frame, output, title=path)
+        write_frame(frames.load_events(path, tell), output)
+    else:
+        frame = frames.load_runs(path, tell)
+        if not all_snapshots:
+            frame = frame[frame["step"] == frame.groupby("run")["step"].transform("max")]
+        hidden = ["value", "unit", "bits", "raw_bits", "wall_time", "seconds", "version", "lossless", "distortion"]
+        write_frame(frame.drop(columns=hidden) if output is OutputFormat.TABLE else frame, output, title=path)
+    if told:
+        raise RunError(f"{path}: not all of the runs are shown or measured: see above")

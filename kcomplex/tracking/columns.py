@@ -28,7 +28,13 @@ DESCRIPTION_COLUMNS = (
 )
 # Of the snapshots' own tables.
 STATE_COLUMNS = ("id", "snapshot", "description", "state", "skipped")
-_TAKEN = frozenset((*SNAPSHOT_COLUMNS, *DESCRIPTION_COLUMNS, *STATE_COLUMNS))
+# Names that no metric may have.
+TAKEN = (*SNAPSHOT_COLUMNS, *DESCRIPTION_COLUMNS, *STATE_COLUMNS)
+
+
+def storable(text: str) -> str:
+    """Return a text as a run store can hold it: bytes that some file names have instead of letters are written out."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def checked_metrics(metrics: Mapping[str, Any]) -> dict[str, float]:
@@ -37,13 +43,15 @@ def checked_metrics(metrics: Mapping[str, Any]) -> dict[str, float]:
     Raises
     ------
     RunError
-        A name is empty or taken by a column of the frame, or a value isn't one number.
+        A name is empty, no Unicode text or taken by a column of the frame, or a value isn't one number.
     """
     checked = {}
     for name, value in metrics.items():
         if not isinstance(name, str) or not name:
             raise RunError(f"a metric needs a name, not {name!r}")
-        if name in _TAKEN:
+        if storable(name) != name:
+            raise RunError(f"a metric can't be called {name!r}, which isn't Unicode text")
+        if name in TAKEN:
             raise RunError(f"a metric can't be called {name!r}, which is a column of the runs' frame already")
         # Strings aren't numbers, even where float() would read them as such.
         if isinstance(value, (str, bytes, bytearray)):

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, get_args
 
-from kcomplex.errors import SpecError
+from kcomplex.errors import KComplexError, RunError, SpecError
 from kcomplex.estimators.estimator import Estimator
+from kcomplex.estimators.given import INITIAL, given_of
 from kcomplex.estimators.pipeline import build_estimator, build_estimators
+from kcomplex.estimators.relative import GivenCode
 from kcomplex.tracking.schedule import Schedule, parse_schedule
 from kcomplex.tracking.snapshot import Selection
 from kcomplex.tracking.store import Keep
@@ -30,6 +34,8 @@ class Plan:
         Raw size of the snapshots that may wait for being measured.
     measure
         Whether a process measures beside the training.
+    given
+        What that may open or call for it; see `named_given`.
 
     Raises
     ------
@@ -43,6 +49,7 @@ class Plan:
     keep: Keep
     max_pending_bytes: int
     measure: bool
+    given: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.keep not in get_args(Keep):
@@ -87,3 +94,32 @@ def estimator_specs(estimators: str | Estimator | Iterable[str | Estimator]) -> 
     if not specs:
         raise SpecError("a run needs at least one estimator, such as 'zstd'")
     return specs
+
+
+def named_given(specs: Iterable[str]) -> tuple[str, ...]:
+    """Return the checkpoints and recipes that specifications name, but for the run's own first snapshot."""
+    found = []
+    for spec in specs:
+        # What can't be built is told of each snapshot, and opens nothing.
+        with suppress(KComplexError):
+            estimator = build_estimator(spec)
+            if isinstance(estimator, GivenCode) and estimator.given.text != INITIAL:
+                found.append(estimator.given.text)
+    return tuple(found)
+
+
+def check_given(specs: Iterable[str], given: Iterable[str], run: Path) -> None:
+    """Check that the specifications of a run name nothing but what its user has given in this call.
+
+    Raises
+    ------
+    RunError
+        They do.
+    """
+    allowed = [given_of(text).text for text in given]
+    for text in named_given(specs):
+        if text not in allowed:
+            raise RunError(
+                f"{run}: the run store says to measure given {text[:200]!r}, which opens that, or imports and calls "
+                "it: if you trust whoever made the run, give the same again"
+            )

@@ -105,6 +105,21 @@ def capture_weights(
     return CapturedWeights(tensors, weights.skipped)
 
 
+def not_finite(captured: CapturedWeights) -> list[str]:
+    """Return the names of captured tensors that hold NaN or infinity."""
+    return [name for name, item in captured.tensors.items() if not _is_finite(item.tensor)]
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor)
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    # Floats of eight bits can do nothing but become others.
+    ends = torch.aminmax(tensor.float() if tensor.element_size() == 1 else tensor)
+    return bool(torch.isfinite(ends.min) and torch.isfinite(ends.max))
+
+
 def write_snapshot(captured: CapturedWeights, path: Path) -> None:
     """Write captured weights as a safetensors file: to a temporary name, then renamed.
 

@@ -6,33 +6,31 @@ import json
 import math
 import sqlite3
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 from kcomplex.errors import RunError
 from kcomplex.machine.closing import Closing
-from kcomplex.tracking.database import (
-    DATABASE,
-    SCHEMA_VERSION,
-    connect,
-    connect_read_only,
-    create_tables,
-    schema_version,
-)
+from kcomplex.tracking.columns import storable
+from kcomplex.tracking.database import check_content, create_database, open_database
+from kcomplex.tracking.folder import CLAIM_SUFFIX, DATABASE, SNAPSHOTS, check_folder, claim, snapshot_path
 from kcomplex.version import VERSION
 
 if TYPE_CHECKING:
     from kcomplex.estimators.description import Description
 
-SNAPSHOTS = "snapshots"
-
 Keep: TypeAlias = Literal["ends", "all", "none"]
 Status: TypeAlias = Literal["running", "finished", "interrupted"]
-EventKind: TypeAlias = Literal["resumed", "skipped", "failed"]
+EventKind: TypeAlias = Literal["resumed", "skipped", "failed", "diverged"]
+# Those that the user is told of when the tracker is closed.
+TOLD: tuple[EventKind, ...] = ("skipped", "failed", "diverged")
+
+_POLL_SECONDS = 0.1
+_LONGEST_MESSAGE = 2000
 
 _LATEST = """
 SELECT step, estimator, unit, value, weights FROM descriptions JOIN snapshots ON snapshots.id = snapshot
@@ -79,36 +77,13 @@ class RunStore(Closing):
     Raises
     ------
     RunError
-        There is no run, it isn't readable, or a newer kcomplex wrote it.
+        There is no run, it isn't one, or a newer kcomplex wrote it.
     """
 
     def __init__(self, run: str | PathLike[str], *, read_only: bool = False) -> None:
         self.run = Path(run)
-        path = self.run / DATABASE
-        if not path.is_file():
-            raise RunError(f"{self.run}: there is no run here ({DATABASE} is missing)")
-        try:
-            self._connection = connect_read_only(path) if read_only else connect(path)
-            version = schema_version(self._connection)
-        except sqlite3.Error as error:
-            raise RunError(f"{path}: not a readable run store: {error}") from error
-        if version != SCHEMA_VERSION:
-            self.close()
-            if version == 0:
-                raise RunError(f"{path}: the run was killed before it began; start it again")
-            raise RunError(f"{path}: the run store has version {version}; update kcomplex ({VERSION}) to read it")
-
-    @staticmethod
-    def exists(run: str | PathLike[str]) -> bool:
-        """Return whether a run was begun in a folder."""
-        path = Path(run) / DATABASE
-        if not path.is_file():
-            return False
-        try:
-            with closing(connect_read_only(path)) as connection:
-                return schema_version(connection) > 0
-        except sqlite3.Error as error:
-            raise RunError(f"{path}: not a readable run store: {error}") from error
+        self.path = self.run / DATABASE
+        self._connection = open_database(self.path, read_only=read_only)
 
     @classmethod
     def create(
@@ -119,7 +94,7 @@ class RunStore(Closing):
         config: Mapping[str, Any],
         seed: int,
     ) -> RunStore:
-        """Return the store of a new run, whose folder is made.
+        """Return the store of a new run, whose folder is made; who calls it holds the run's lock.
 
         Raises
         ------
@@ -128,21 +103,13 @@ class RunStore(Closing):
         """
         folder = Path(run)
         values = [as_json(dict(config), folder), as_json(dict(settings), folder), as_json(list(estimators), folder)]
+        row = (storable(folder.resolve().name), time.time(), *values, VERSION, str(seed), "running")
+        check_folder(folder)
+        if (folder / DATABASE).exists():
+            raise RunError(f"{folder}: the run exists already; choose another name, or continue it with resume=True")
         try:
             (folder / SNAPSHOTS).mkdir(parents=True, exist_ok=True)
-            with closing(connect(folder / DATABASE)) as connection:
-                # Everything or nothing: a run that was killed in here can be created again.
-                connection.execute("BEGIN IMMEDIATE")
-                with connection:
-                    if schema_version(connection):
-                        raise RunError(
-                            f"{folder}: the run exists already; choose another name, or continue it with resume=True"
-                        )
-                    create_tables(connection)
-                    connection.execute(
-                        "INSERT INTO run VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-                        (folder.resolve().name, time.time(), *values, VERSION, str(seed), "running"),
-                    )
+            create_database(folder / DATABASE, row)
         except (OSError, sqlite3.Error) as error:
             raise RunError(f"{folder}: the run can't be created: {error}") from error
         return cls(folder)
@@ -156,12 +123,51 @@ class RunStore(Closing):
         """The connection, for queries."""
         return self._connection
 
+    def check(self) -> None:
+        """Check all that the store holds, which may be of somebody else's making.
+
+        Raises
+        ------
+        RunError
+            It is damaged, or names files that aren't the run's own.
+        """
+        check_content(self._connection, self.path)
+        for [file] in self._connection.execute("SELECT file FROM snapshots WHERE file NOT NULL"):
+            snapshot_path(self.run, file)
+
+    def parsed(self, text: str, what: str, is_right: Callable[[Any], bool]) -> Any:
+        """Return what a text of the store says as JSON.
+
+        Raises
+        ------
+        RunError
+            It isn't JSON, or not what it is to be.
+        """
+        try:
+            value = json.loads(text)
+            if is_right(value):
+                return value
+        except (ValueError, RecursionError):
+            pass
+        raise RunError(f"{self.path}: the run store is damaged: {what} can't be {text[:80]!r}")
+
     def info(self) -> RunInfo:
-        """Return what the run says about itself."""
+        """Return what the run says about itself.
+
+        Raises
+        ------
+        RunError
+            It makes no sense.
+        """
         query = "SELECT name, status, estimators, settings, config FROM run"
-        name, status, *texts = self._connection.execute(query).fetchone()
-        estimators, settings, config = map(json.loads, texts)
-        return RunInfo(name, status, tuple(estimators), settings, config)
+        name, status, estimators, settings, config = self._connection.execute(query).fetchone()
+        return RunInfo(
+            name,
+            status,
+            tuple(self.parsed(estimators, "estimators", _is_texts)),
+            self.parsed(settings, "settings", _is_settings),
+            self.parsed(config, "the configuration", lambda value: isinstance(value, dict)),
+        )
 
     def newest(self) -> tuple[int, int] | None:
         """Return id and step of the newest snapshot that counts; None before the first."""
@@ -190,16 +196,38 @@ class RunStore(Closing):
         row = self._connection.execute("SELECT file FROM snapshots ORDER BY id LIMIT 1").fetchone()
         return None if row is None else row[0]
 
+    @contextmanager
+    def claimed(self) -> Iterator[tuple[int, str] | None]:
+        """Yield id and file of the oldest snapshot that waits for being measured and that no other process measures.
+
+        None once nothing waits: what others measure is waited for, because their processes may end before they have.
+        """
+        with ExitStack() as stack:
+            while waiting := self.pending():
+                for snapshot, file in waiting:
+                    # Another one may have measured it since, and let go.
+                    if stack.enter_context(claim(self.run, file)) and (snapshot, file) in self.pending():
+                        yield snapshot, file
+                        return
+                    stack.close()
+                time.sleep(_POLL_SECONDS)
+            yield None
+
     def begin_measuring(self, snapshot: int) -> int:
-        """Return how often the measuring of a snapshot was begun, this time included."""
+        """Return how often the measuring of a snapshot was begun, this time included, and ended its process."""
         with self.transaction():
             self._connection.execute("UPDATE snapshots SET attempts = attempts + 1 WHERE id = ?", (snapshot,))
             row = self._connection.execute("SELECT attempts FROM snapshots WHERE id = ?", (snapshot,)).fetchone()
         return int(row[0])
 
+    def give_up_measuring(self, snapshot: int) -> None:
+        """Take back what `begin_measuring` counted: the process is ended by somebody, not by the snapshot."""
+        with self.transaction():
+            self._connection.execute("UPDATE snapshots SET attempts = attempts - 1 WHERE id = ?", (snapshot,))
+
     def pending_bytes(self) -> int:
         """Return the raw size of the snapshots that wait for being measured."""
-        query = "SELECT coalesce(sum(bytes), 0) FROM snapshots WHERE state = 'pending'"
+        query = "SELECT total(bytes) FROM snapshots WHERE state = 'pending'"
         return int(self._connection.execute(query).fetchone()[0])
 
     def last_event(self) -> int:
@@ -207,8 +235,8 @@ class RunStore(Closing):
         return int(self._connection.execute("SELECT coalesce(max(id), 0) FROM events").fetchone()[0])
 
     def failures(self, after: int = 0) -> list[str]:
-        """Return the messages of what was skipped or failed, from the events after an id."""
-        query = "SELECT message FROM events WHERE id > ? AND kind IN ('skipped', 'failed') ORDER BY id"
+        """Return the messages of what the user is to be told, from the events after an id."""
+        query = f"SELECT message FROM events WHERE id > ? AND kind IN {TOLD} ORDER BY id"
         return [row[0] for row in self._connection.execute(query, (after,))]
 
     def add_snapshot(self, row: SnapshotRow) -> int:
@@ -237,7 +265,7 @@ class RunStore(Closing):
         """Record an event."""
         self._connection.execute(
             "INSERT INTO events (time, kind, message, snapshot) VALUES (?, ?, ?, ?)",
-            (time.time(), kind, message, snapshot),
+            (time.time(), kind, storable(message)[:_LONGEST_MESSAGE], snapshot),
         )
 
     def add_descriptions(self, snapshot: int, descriptions: Iterable[Description], failures: Iterable[str]) -> bool:
@@ -267,7 +295,7 @@ class RunStore(Closing):
             files = [row[0] for row in self._connection.execute(f"SELECT file FROM snapshots WHERE {where}")]
             self._connection.execute(f"UPDATE snapshots SET file = NULL WHERE {where}")
         for file in files:
-            (self.run / file).unlink(missing_ok=True)
+            snapshot_path(self.run, file).unlink(missing_ok=True)
 
     def resume(self, step: int, settings: Mapping[str, Any], seed: int) -> None:
         """Continue the run after a step: later snapshots stay, but no longer count; leftovers of a kill are deleted.
@@ -282,7 +310,7 @@ class RunStore(Closing):
             known = {self.run / row[0] for row in rows}
         (self.run / SNAPSHOTS).mkdir(exist_ok=True)
         for path in (self.run / SNAPSHOTS).iterdir():
-            if path not in known and path.suffix == ".safetensors":
+            if path not in known and path.suffix in (".safetensors", CLAIM_SUFFIX):
                 path.unlink(missing_ok=True)
 
     def finish(self, status: Status) -> None:
@@ -313,6 +341,14 @@ class RunStore(Closing):
                 "INSERT INTO tensors VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 (cursor.lastrowid, tensor.name, shape, tensor.dtype, *size, tensor.squared_error, tensor.exact, parts),
             )
+
+
+def _is_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
+def _is_settings(value: Any) -> bool:
+    return isinstance(value, dict) and value.get("keep") in get_args(Keep)
 
 
 def as_json(value: Any, run: Path) -> str:

@@ -21,9 +21,10 @@ from kcomplex.errors import RunError, SpecError
 from kcomplex.estimators.estimator import Estimator
 from kcomplex.estimators.given import INITIAL, STAGE
 from kcomplex.tracking.columns import checked_metrics
+from kcomplex.tracking.database import reading
 from kcomplex.tracking.differences import differences
-from kcomplex.tracking.lock import lock_run
-from kcomplex.tracking.plan import Plan, estimator_specs
+from kcomplex.tracking.folder import DATABASE, lock_run
+from kcomplex.tracking.plan import Plan, check_given, estimator_specs, named_given
 from kcomplex.tracking.schedule import Every, plain_every
 from kcomplex.tracking.snapshot import CapturedWeights, Selection, capture_weights, copy_buffers
 from kcomplex.tracking.store import Keep, RunStore, Status, as_json
@@ -67,7 +68,7 @@ class Tracker:
         with RunStore(run) as store:
             self._first_event = store.last_event()
             self._is_new = store.newest() is None
-        self._writer = Writer(run, measure=plan.measure)
+        self._writer = Writer(run, measure=plan.measure, given=plan.given)
         self._writer.start()
         atexit.register(self._leave)
 
@@ -289,8 +290,9 @@ def attach(
         Schedule of the snapshots; see `parse_schedule`.
     estimators
         What to measure every snapshot with, as in `describe`; None is ``DEFAULT_ESTIMATORS``, or what a resumed run
-        has. Only specifications reach the measuring process. ``given:initial|lin`` measures every snapshot given the
-        first one, ``given:seed:factory=package.module:function,seed=0|lin`` given the initialisation of a recipe.
+        has, unless that opens a checkpoint or calls a recipe: then they are to be given again. Only specifications
+        reach the measuring process. ``given:initial|lin`` measures every snapshot given the first one,
+        ``given:seed:factory=package.module:function,seed=0|lin`` given the initialisation of a recipe.
     include, exclude, trainable
         Selection of tensors; see `Weights.select`.
     keep
@@ -313,8 +315,8 @@ def attach(
     WeightsError
         The selection is empty or can't be made.
     RunError
-        The run exists (and isn't to be resumed), was made with other estimators or another configuration, or its
-        folder can't be written.
+        The run exists (and isn't to be resumed), is damaged, was made with other estimators or another configuration,
+        or its folder can't be written.
 
     Examples
     --------
@@ -330,8 +332,10 @@ def attach(
     if optimizer is not None and not hasattr(optimizer, "register_step_post_hook"):
         raise SpecError(f"a {type(optimizer).__name__} isn't a torch optimiser whose steps could be followed")
     selection = Selection(as_patterns(include), as_patterns(exclude), trainable)
-    plan = Plan(plain_every(every), steps_per_epoch, selection, keep, max_pending_bytes, measure)
     specs = None if estimators is None else estimator_specs(estimators)
+    plan = Plan(
+        plain_every(every), steps_per_epoch, selection, keep, max_pending_bytes, measure, named_given(specs or ())
+    )
     if keep == "none" and any(spec.startswith(f"{STAGE}{INITIAL}|") for spec in specs or ()):
         raise SpecError(f"{STAGE}{INITIAL} needs the first snapshot: keep 'ends' or 'all', not 'none'")
     captured = capture_weights(model, selection)
@@ -341,7 +345,7 @@ def attach(
     as_json(dict(config or {}), folder)
     lock = lock_run(folder)
     try:
-        if resume and RunStore.exists(folder):
+        if resume and (folder / DATABASE).exists():
             at = _resume(folder, specs, config, plan, step)
         else:
             at = 0 if step is None else step
@@ -359,10 +363,13 @@ def _resume(
     run: Path, specs: tuple[str, ...] | None, config: Mapping[str, Any] | None, plan: Plan, step: int | None
 ) -> int:
     """Return the step at which a run goes on, after preparing its store for that."""
-    with RunStore(run) as store:
+    with RunStore(run) as store, reading(store.path):
+        store.check()
         info = store.info()
         if specs is not None and specs != info.estimators:
             raise RunError(f"{run}: the run is measured with {', '.join(info.estimators)}; leave out the estimators")
+        if plan.measure:
+            check_given(info.estimators, plan.given, run)
         # Compared as the store has it: JSON makes lists of tuples.
         here = None if config is None else json.loads(json.dumps(dict(config)))
         if here is not None and here != info.config:

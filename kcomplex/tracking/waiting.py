@@ -9,8 +9,8 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
+from kcomplex.tracking.folder import WORKER_LOG
 from kcomplex.tracking.store import RunStore
-from kcomplex.tracking.writer import WORKER_LOG
 
 _POLL_SECONDS = 0.05
 _PATIENCE_SECONDS = 1.0

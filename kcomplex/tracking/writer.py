@@ -9,21 +9,21 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import TypeAlias
 
-from kcomplex.tracking.snapshot import CapturedWeights, skipped_rows, write_snapshot
-from kcomplex.tracking.store import SNAPSHOTS, EventKind, RunStore, SnapshotRow, Status
+from kcomplex.tracking.folder import SNAPSHOTS, WORKER_LOG
+from kcomplex.tracking.snapshot import CapturedWeights, not_finite, skipped_rows, write_snapshot
+from kcomplex.tracking.store import EventKind, RunStore, SnapshotRow, Status
 
 # Importing torch takes the measuring process seconds. Short trainings are over by then, and aren't disturbed at all.
 START_AFTER_SECONDS = 3.0
 # A measuring process that keeps dying is left dead; what waits can be measured later.
 MOST_REVIVALS = 3
-WORKER_LOG = "worker.log"
 
 # One line each; the measuring process looks for what waits at any line, and ends at this one.
 _MORE, _END = b"\n", b"end\n"
@@ -48,6 +48,8 @@ class Writer(threading.Thread):
         Folder of the run.
     measure
         Whether to start the measuring process.
+    given
+        What that may open or call; see `measure_pending`.
 
     Attributes
     ----------
@@ -57,13 +59,15 @@ class Writer(threading.Thread):
         The measuring process, once it is started.
     """
 
-    def __init__(self, run: Path, *, measure: bool) -> None:
+    def __init__(self, run: Path, *, measure: bool, given: Sequence[str] = ()) -> None:
         super().__init__(name=f"kcomplex writer of {run}", daemon=True)
         self.run_folder = run
         self.failures: list[str] = []
         self.process: subprocess.Popen[bytes] | None = None
         self._measure = measure
+        self._given = given
         self._newest: int | None = None
+        self._diverged = False
         self._revivals_left = MOST_REVIVALS
         # Each is changed by one thread only.
         self._put_bytes = 0
@@ -150,6 +154,14 @@ class Writer(threading.Thread):
         finally:
             self._written_bytes += captured.nbytes
         self._tell_worker(_MORE)
+        self._tell_divergence(moment, captured, store)
+
+    def _tell_divergence(self, moment: Moment, captured: CapturedWeights, store: RunStore) -> None:
+        if self._diverged or not (names := not_finite(captured)):
+            return
+        self._diverged = True
+        more = f" and {len(names) - 1} more tensors" if len(names) > 1 else ""
+        store.add_event("diverged", f"step {moment.step}: NaN or infinity in {names[0]!r}{more}", self._newest)
 
     def _write_missed(self, moment: Moment, kind: EventKind, message: str, store: RunStore) -> None:
         with store.transaction():
@@ -183,7 +195,7 @@ class Writer(threading.Thread):
             # It finds what the training process finds, plug-ins included, and nothing in the working directory (-P).
             "PYTHONPATH": os.pathsep.join(str(path or Path.cwd()) for path in sys.path),
         }
-        command = [sys.executable, "-P", "-m", "kcomplex.tracking.worker", str(self.run_folder)]
+        command = [sys.executable, "-P", "-m", "kcomplex.tracking.worker", str(self.run_folder), *self._given]
         try:
             with (self.run_folder / WORKER_LOG).open("ab") as log:
                 self.process = subprocess.Popen(

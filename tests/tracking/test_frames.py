@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sqlite3
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,8 @@ from kcomplex.tracking.frames import (
     load_snapshots,
     load_tensors,
 )
-from kcomplex.tracking.tracker import attach
+from kcomplex.tracking.store import RunStore
+from kcomplex.tracking.tracker import TrackingWarning, attach
 from kcomplex.tracking.worker import measure_pending
 
 LOADERS = [load_runs, load_tensors, load_events, load_snapshots, load_configurations]
@@ -83,6 +85,22 @@ def test_a_run_is_read_while_it_is_written(tmp_path):
     measure_pending(tmp_path / "run")
     assert sizes == sorted(sizes)
     assert len(load_runs(tmp_path)) == 4
+
+
+def test_a_run_is_running_only_while_somebody_follows_it(tmp_path, monkeypatch):
+    def full(*_):
+        raise sqlite3.OperationalError("database or disk is full")
+
+    monkeypatch.setattr(RunStore, "finish", full)
+    tracker = attach(nn.Linear(2, 2), run=tmp_path / "run", every=None, estimators="zstd", measure=False)
+    assert load_configurations(tmp_path)["status"].tolist() == ["running"]
+    with pytest.warns(TrackingWarning, match="disk is full"):
+        tracker.close()
+    with RunStore(tmp_path / "run", read_only=True) as store:
+        assert store.info().status == "running"
+    assert load_configurations(tmp_path)["status"].tolist() == ["interrupted"]
+    (tmp_path / "run" / "tracker.lock").unlink()
+    assert load_configurations(tmp_path)["status"].tolist() == ["interrupted"]
 
 
 def test_proxies_keep_their_unit(tmp_path):

@@ -15,8 +15,9 @@ import pytest
 import torch
 from torch import nn
 
+from kcomplex.tracking.folder import DATABASE, SNAPSHOTS
 from kcomplex.tracking.snapshot import open_snapshot
-from kcomplex.tracking.store import SNAPSHOTS, RunStore
+from kcomplex.tracking.store import RunStore
 from kcomplex.tracking.tracker import attach
 from kcomplex.tracking.worker import measure_pending
 from tests.children import is_gone, kill_group, until
@@ -133,7 +134,7 @@ def check(training: Training) -> None:
 
 def check_going_on(training: Training) -> None:
     """Assert that the killed run can be measured, resumed and finished."""
-    if RunStore.exists(training.run):
+    if (training.run / DATABASE).exists():
         measure_pending(training.run)
         check(training)
     model = nn.Linear(2, 2)
@@ -181,7 +182,7 @@ def kill_early_and_check(trainings: list[Training], seed: int) -> None:
         time.sleep(generator.uniform(0, 0.02))
         kill(training, group=True)
     for training in trainings:
-        if RunStore.exists(training.run):
+        if (training.run / DATABASE).exists():
             check(training)
         check_going_on(training)
 

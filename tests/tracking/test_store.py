@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sqlite3
 import sys
 import threading
-from contextlib import closing
 
 import pytest
 import torch
 
 import kcomplex as kc
 from kcomplex.errors import RunError
-from kcomplex.tracking import database
-from kcomplex.tracking.database import DATABASE, connect
+from kcomplex.tracking.folder import DATABASE
 from kcomplex.tracking.store import RunStore, SnapshotRow
+from kcomplex.tracking.tracker import attach
 from tests.children import PATIENCE
 
 WRITERS, ROWS = 4, 25
@@ -81,10 +81,10 @@ def test_one_of_several_creators_wins(tmp_path):
 
     def create():
         try:
-            RunStore.create(tmp_path / "run", ["zstd"], {}, {}, seed=0).close()
+            attach(torch.nn.Linear(1, 1), run=tmp_path / "run", estimators="raw", every=None, measure=False).close()
             outcomes.append("created")
         except RunError as error:
-            outcomes.append("refused" if "exists already" in str(error) else str(error))
+            outcomes.append("refused" if "the run exists already" in str(error) else str(error))
 
     threads = [threading.Thread(target=create) for _ in range(4)]
     for thread in threads:
@@ -92,17 +92,6 @@ def test_one_of_several_creators_wins(tmp_path):
     for thread in threads:
         thread.join()
     assert sorted(outcomes) == ["created", "refused", "refused", "refused"]
-
-
-def test_a_creator_waits_for_one_who_is_about_to_write(tmp_path, monkeypatch):
-    path = tmp_path / "run.sqlite"
-    with closing(sqlite3.connect(path, isolation_level=None)) as other:
-        other.execute("BEGIN IMMEDIATE")
-        # The other one is done when the creator has begun to wait.
-        monkeypatch.setattr(database.time, "sleep", lambda seconds: other.rollback())
-        with closing(connect(path)) as connection:
-            assert not other.in_transaction
-            assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
 
 
 def test_readers_dont_wait_for_a_writer(store):
@@ -152,14 +141,18 @@ def test_a_newer_store_is_refused(store):
         RunStore(store.run)
 
 
-def test_a_run_that_was_killed_while_being_created_is_created_again(tmp_path):
-    (tmp_path / "run").mkdir()
-    connect(tmp_path / "run" / DATABASE).close()
-    assert not RunStore.exists(tmp_path / "run")
-    with pytest.raises(RunError, match="start it again"):
-        RunStore(tmp_path / "run")
-    RunStore.create(tmp_path / "run", ["zstd"], {}, {}, seed=0).close()
-    assert RunStore.exists(tmp_path / "run")
+def test_a_run_that_cannot_be_created_leaves_nothing_and_can_be_later(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError("no space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(tmp_path), "replace", refuse)
+        patch.setattr(os, "replace", refuse)
+        with pytest.raises(RunError, match="no space left"):
+            RunStore.create(tmp_path / "run", ["zstd"], {}, {}, seed=0)
+    assert not (tmp_path / "run" / DATABASE).exists()
+    with RunStore.create(tmp_path / "run", ["zstd"], {}, {}, seed=0) as store:
+        assert store.connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
 
 
 def test_what_is_no_run_is_refused(tmp_path):
@@ -169,7 +162,7 @@ def test_what_is_no_run_is_refused(tmp_path):
     for attempt in (lambda: RunStore(tmp_path), lambda: RunStore(tmp_path, read_only=True)):
         with pytest.raises(RunError, match="not a readable run store"):
             attempt()
-    with pytest.raises(RunError, match="can't be created"):
+    with pytest.raises(RunError, match="exists already"):
         RunStore.create(tmp_path, ["zstd"], {}, {}, seed=0)
 
 
@@ -196,6 +189,9 @@ def test_a_finished_run_is_read_where_no_lock_file_can_be_written(store, monkeyp
         return connect_really(address, **options)
 
     class Refusing:
+        def set_progress_handler(self, *_):
+            pass
+
         def execute(self, _):
             error = sqlite3.OperationalError("unable to open database file")
             error.sqlite_errorcode = sqlite3.SQLITE_CANTOPEN

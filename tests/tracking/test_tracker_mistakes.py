@@ -12,6 +12,7 @@ from kcomplex.compressors.general.raw import Raw
 from kcomplex.errors import RunError, UnknownNameError
 from kcomplex.tracking.frames import load_events, load_runs, load_tensors
 from kcomplex.tracking.store import RunStore
+from kcomplex.tracking.tracker import TrackingWarning
 from kcomplex.tracking.worker import MOST_ATTEMPTS, measure_pending
 
 
@@ -36,6 +37,23 @@ def test_a_metric_cannot_take_a_column_of_the_store(track):
     tracker = track()
     with pytest.raises(RunError, match="'description'"):
         tracker.log(description=1.0)
+
+
+def test_a_metrics_name_is_text(track):
+    with pytest.raises(RunError, match="isn't Unicode text"):
+        track().log({"loss\udcff": 1.0})
+
+
+def test_weights_that_diverged_are_told_once(track, train, model):
+    tracker = track(every=1)
+    train(1)
+    with torch.no_grad():
+        model[0].weight[0, 0] = torch.nan
+        model[3].bias[0] = torch.inf
+    train(2)
+    with pytest.warns(TrackingWarning, match=r"step 1: NaN or infinity in '0.weight' and \d more tensors$"):
+        tracker.close()
+    assert load_events(tracker.run)["kind"].tolist() == ["diverged"]
 
 
 def test_changing_the_working_directory_loses_nothing(track, train, tmp_path, monkeypatch):

@@ -5,18 +5,22 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
+from contextlib import ExitStack
 
 import pytest
 import torch
 
 import kcomplex as kc
 from kcomplex.errors import SpecError
+from kcomplex.tracking import store as store_module
 from kcomplex.tracking import waiting, writer
+from kcomplex.tracking.folder import claim
 from kcomplex.tracking.frames import load_configurations, load_events, load_snapshots
 from kcomplex.tracking.store import RunStore
 from kcomplex.tracking.tracker import TrackingWarning
 from kcomplex.tracking.waiting import wait_for_worker
-from kcomplex.tracking.worker import measure_pending
+from kcomplex.tracking.worker import MOST_ATTEMPTS, measure_pending
 from tests.children import PATIENCE, run, until
 
 # Ends when its standard input does.
@@ -123,6 +127,91 @@ def test_measuring_what_waits_tells_its_progress(track, train):
     assert measure_pending(tracker.run) == 0
 
 
+def attempts(run):
+    with RunStore(run, read_only=True) as store:
+        return store.connection.execute("SELECT attempts FROM snapshots").fetchall()
+
+
+def test_several_measure_one_run_at_once(track, train):
+    tracker = track(every=1, keep="all")
+    train(19)
+    tracker.close()
+    counts = []
+    threads = [threading.Thread(target=lambda: counts.append(measure_pending(tracker.run))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sum(counts) == 20
+    assert load_snapshots(tracker.run)["state"].tolist() == ["measured"] * 20
+    assert load_events(tracker.run).empty
+    # Nobody began what another was measuring.
+    assert attempts(tracker.run) == [(1,)] * 20
+    assert {path.suffix for path in (tracker.run / "snapshots").iterdir()} == {".safetensors"}
+
+
+def test_what_another_process_measures_is_waited_for(track, monkeypatch):
+    tracker = track()
+    tracker.close()
+    with RunStore(tracker.run) as store:
+        [(_, file)] = store.pending()
+    with ExitStack() as other:
+        assert other.enter_context(claim(tracker.run, file))
+        # It ends without having measured.
+        monkeypatch.setattr(store_module.time, "sleep", lambda _: other.close())
+        assert measure_pending(tracker.run) == 1
+
+
+def test_what_a_killed_process_left_claimed_is_measured(track):
+    tracker = track()
+    tracker.close()
+    with RunStore(tracker.run) as store:
+        [(_, file)] = store.pending()
+    (tracker.run / f"{file}.lock").touch()
+    assert measure_pending(tracker.run) == 1
+    assert not (tracker.run / f"{file}.lock").exists()
+
+
+def test_ending_the_measuring_is_no_failure_of_the_snapshot(track, monkeypatch):
+    from kcomplex.estimators.code import CoderCode
+
+    tracker = track(estimators=["zstd"])
+    tracker.close()
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CoderCode, "describe", interrupted)
+        for _ in range(MOST_ATTEMPTS + 1):
+            with pytest.raises(KeyboardInterrupt):
+                measure_pending(tracker.run)
+    assert attempts(tracker.run) == [(0,)]
+    assert measure_pending(tracker.run) == 1
+
+
+@pytest.mark.slow
+def test_a_measuring_process_uses_what_its_user_gave(track):
+    recipe = "seed:factory=torch.nn:Linear,seed=0,in_features=4,out_features=8"
+    tracker = track(measure=True, estimators=f"given:{recipe}|lin")
+    tracker.close()
+    assert kc.load_runs(tracker.run)["estimator"].tolist() == [f"given:{recipe}|lin"]
+
+
+def test_a_measuring_process_is_told_what_its_user_gave(track, monkeypatch):
+    commands = []
+
+    def start(command, **_):
+        commands.append(command)
+        raise OSError("not now")
+
+    monkeypatch.setattr(writer.subprocess, "Popen", start)
+    tracker = track(measure=True, estimators=["given:initial|lin", "given:start.safetensors|lin", "zstd"])
+    with pytest.warns(TrackingWarning, match="not now"):
+        tracker.close()
+    assert commands[0][commands[0].index(str(tracker.run)) :] == [str(tracker.run), "start.safetensors"]
+
+
 def test_an_estimator_that_isnt_installed_any_more_is_an_event(track):
     tracker = track()
     tracker.close()
@@ -197,8 +286,10 @@ def test_the_first_snapshot_must_be_kept_where_others_are_measured_given_it(trac
     assert not (tmp_path / "run").exists()
 
 
-def test_a_recipe_that_cannot_be_built_is_an_event_of_the_run(track, finish):
-    tracker = track(estimators=["raw", "given:seed:factory=absent_package:build,seed=0|lin"])
-    finish(tracker)
+def test_a_recipe_that_cannot_be_built_is_an_event_of_the_run(track):
+    recipe = "seed:factory=absent_package:build,seed=0"
+    tracker = track(estimators=["raw", f"given:{recipe}|lin"])
+    tracker.close()
+    measure_pending(tracker.run, given=[recipe])
     assert kc.load_runs(tracker.run)["estimator"].tolist() == ["raw"]
     assert "ModuleNotFoundError" in load_events(tracker.run)["message"].item()
