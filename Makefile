@@ -4,8 +4,12 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 # Each process computes in one thread, and takes a gigabyte of memory.
 PARALLEL := --numprocesses=2 --dist=worksteal
+# What make fuzz runs.
+FUZZ := streams containers
+CASES ?= 5000
+SEED ?= 0
 
-.PHONY: test unit explore lint types demo bench clean
+.PHONY: test unit explore fuzz lint types demo bench clean
 
 test: lint types unit
 
@@ -30,6 +34,12 @@ unit: $(INSTALLED)
 # New random examples in every run.
 explore: $(INSTALLED)
 	$(BIN)/python -m pytest $(PARALLEL) --hypothesis-profile=default
+
+# Damaged and forged inputs: CASES of each script, from SEED on.
+fuzz: $(INSTALLED)
+	for script in $(FUZZ); do \
+		OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz.$$script --cases $(CASES) --seed $(SEED) || exit 1; \
+	done
 
 demo: $(INSTALLED)
 	$(BIN)/kcomplex demo

@@ -33,6 +33,10 @@ class StreamError(KComplexError, ValueError):
     """An encoded stream that is truncated or corrupted."""
 
 
+class RefusedStreamError(StreamError):
+    """A stream that needn't be damaged: of another version, made with other weights, or larger than is allowed."""
+
+
 class VerificationError(KComplexError, AssertionError):
     """A stream that doesn't give back what its description promised."""
 

@@ -111,6 +111,18 @@ def finish_encoding(state: CoderState, data: Bytes) -> bytes:
     return data[: int(state[POSITION])].tobytes() + _tail(int(state[_LOW]), int(state[_HIGH]))
 
 
+def require_read(state: CoderState, data: Bytes) -> None:
+    """Check that no more bytes were read than there are.
+
+    Raises
+    ------
+    StreamError
+        There were.
+    """
+    if int(state[POSITION]) - 8 > data.size:
+        raise StreamError("the binary decisions of the stream don't end where its bytes end: it is corrupted")
+
+
 def finish_decoding(state: CoderState, data: Bytes) -> None:
     """Check that the bytes are those that an encoder of the decoded decisions writes, no more and no fewer.
 
@@ -121,8 +133,9 @@ def finish_decoding(state: CoderState, data: Bytes) -> None:
     StreamError
         They aren't.
     """
+    require_read(state, data)
     written = int(state[POSITION]) - 8
-    if written > data.size or data[written:].tobytes() != _tail(int(state[_LOW]), int(state[_HIGH])):
+    if data[written:].tobytes() != _tail(int(state[_LOW]), int(state[_HIGH])):
         raise StreamError("the binary decisions of the stream don't end where its bytes end: it is corrupted")
 
 

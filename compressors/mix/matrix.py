@@ -23,6 +23,7 @@ from .binary_coder import (
     as_bytes,
     finish_decoding,
     finish_encoding,
+    require_read,
     start_decoding,
     start_encoding,
 )
@@ -139,7 +140,8 @@ class RowDecoder:
         return self.data
 
     def advance(self) -> None:
-        """Nothing: the kernel advances by itself."""
+        """Check that the kernel, which advances by itself, isn't beyond the last byte: it would go on for ever."""
+        require_read(self.state, self.data)
 
 
 class RowModel(NamedTuple):

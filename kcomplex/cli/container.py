@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TypeAlias
 
 import typer
 
@@ -17,6 +17,12 @@ if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
 _DEFAULT = "planes|zstd:level=19"
+_Limit: TypeAlias = Annotated[
+    int | None,
+    typer.Option(
+        metavar="BYTES", min=0, help="weights that the file may hold [default: 1000 times its size, and 1 GiB]"
+    ),
+]
 
 
 def encode(
@@ -56,18 +62,23 @@ def encode(
 
 def decode(
     path: Annotated[Path, typer.Argument(help=".kcz file")],
-    output: Annotated[Path, typer.Option("--output", "-o", help=".safetensors file to write")],
+    output: Annotated[Path, typer.Option("--output", "-o", help=".safetensors or .pt file to write")],
     given: options.Given = None,
+    limit: _Limit = None,
     jobs: options.Jobs = 1,
 ) -> None:
-    """Write the tensors of a .kcz file as a safetensors file."""
+    """Write the tensors of a .kcz file as a safetensors or a PyTorch file; the latter holds every dtype and name."""
     from kcomplex.kcz import container
 
-    with container.Container(path) as opened:
-        total = len(opened.entries)
+    with container.Container(path, limit=limit) as opened:
+        total, metadata = len(opened.entries), opened.notes.metadata
     with _progress("decoding", total) as (bar, task):
-        container.decode(path, output, given=given, jobs=jobs, progress=lambda _: bar.update(task, advance=1))
+        container.decode(
+            path, output, given=given, limit=limit, jobs=jobs, progress=lambda _: bar.update(task, advance=1)
+        )
     errors.print(f"wrote {output}: {total} tensors", markup=False)
+    if metadata and output.suffix == ".pt":
+        errors.print("the metadata of the safetensors file isn't in it: a .pt file has none", markup=False)
 
 
 def verify(
@@ -79,16 +90,26 @@ def verify(
     count: options.Count = None,
     skip: options.Skip = None,
     given: options.Given = None,
+    limit: _Limit = None,
     jobs: options.Jobs = 1,
 ) -> None:
-    """Check every byte of a .kcz file, decode it, and compare it with the original; exit code 1 if they differ."""
+    """Check every byte of a .kcz file, decode it, and compare it with the original.
+
+    Exit code 1 if the file is damaged, or isn't what the original holds; 2 if it can't be checked.
+    """
     from kcomplex.kcz import container
 
     choices = options.choices(include, exclude, root, count, skip)
-    error = container.verify(path, original, given=given, jobs=jobs, **choices)
-    told = "every bit" if error == 0 else f"quantised, mean squared error {error:.6g}"
-    compared = f"decodes and is what {original} holds" if original is not None else "is undamaged and decodes"
-    errors.print(f"{path} {compared} ({told})", markup=False)
+    error = container.verify(path, original, given=given, limit=limit, jobs=jobs, **choices)
+    with container.Container(path, limit=limit) as opened:
+        total, inexact = len(opened.entries), len(opened.notes.inexact)
+    told = f"{path} is undamaged and decodes"
+    if original is not None:
+        told += f"; {total - inexact} of {total} tensors are those of {original}, bit for bit"
+    if inexact:
+        told += f"; {inexact} of {total} are quantised, with a mean squared error of {error:.6g} over all weights"
+        told += ", which they have from the original" if original is not None else ", as the file says"
+    errors.print(told, markup=False)
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from typing import Any, TypeAlias, cast
 
 import torch
 
-from kcomplex.errors import SpecError, StreamError
+from kcomplex.errors import RefusedStreamError, SpecError
 from kcomplex.sources.open import Source, open_weights
 from kcomplex.weights import Weights, dtype_name, words_of
 
@@ -179,12 +179,14 @@ class StatedGiven:
 
         Raises
         ------
-        StreamError
+        RefusedStreamError
             Always.
         """
         if self.recipe is None:
-            raise StreamError(f"it was encoded given other weights (digest {self.digest}): give them for decoding, too")
-        raise StreamError(
+            raise RefusedStreamError(
+                f"it was encoded given other weights (digest {self.digest}): give them for decoding, too"
+            )
+        raise RefusedStreamError(
             f"it was encoded given {self.text!r}, and decoding it imports and calls {self.recipe.factory}: if you "
             "trust that, say so by giving the same again"
         )
@@ -200,7 +202,7 @@ class StatedGiven:
 
         Raises
         ------
-        StreamError
+        RefusedStreamError
             Their digest is another.
         """
         if digest == self.digest:
@@ -208,7 +210,7 @@ class StatedGiven:
         told = f"it was encoded given other weights (digest {self.digest}, not {digest})"
         if self.recipe is not None and self.version != torch.__version__:
             told += f"; it was PyTorch {self.version} that drew them, and this is {torch.__version__}"
-        raise StreamError(told)
+        raise RefusedStreamError(told)
 
 
 Given: TypeAlias = GivenCheckpoint | Recipe | GivenWeights | StatedGiven

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from kcomplex.errors import SpecError, StreamError
+from kcomplex.errors import SpecError, StreamError, WeightsError
 from kcomplex.estimators.code import Code, CoderCode, SymbolCode
 from kcomplex.estimators.coder import Coder, Quantiser, Transform
 from kcomplex.estimators.estimator import Estimator
@@ -90,6 +90,20 @@ def _behind(stage: object, result: Estimator, spec: str) -> Estimator:
             return QuantisedLength(stage, result)
         raise SpecError(f"{spec!r} has two quantisers: one is enough")
     raise SpecError(f"{spec_of(stage)!r} must stand last in {spec!r}")
+
+
+def build_encoder(spec: str | Estimator | Coder, given: GivenSource | None = None) -> Code:
+    """Return the estimator of a specification as a code; see `build_estimator`.
+
+    Raises
+    ------
+    WeightsError
+        It has no decoder (its kind isn't ``code``).
+    """
+    code = build_estimator(spec, given)
+    if not isinstance(code, Code):
+        raise WeightsError(f"{code.spec!r} is of kind {code.kind}: it has no stream that could be decoded")
+    return code
 
 
 def build_decoder(spec: str, given: GivenSource | None = None) -> Code:

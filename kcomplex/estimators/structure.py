@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from kcomplex.errors import StreamError
+from kcomplex.errors import RefusedStreamError, StreamError
 from kcomplex.estimators.duplicates import Original, can_be_duplicate
 from kcomplex.weights import DTYPES, Weights, dtype_name
 
@@ -52,11 +52,11 @@ _PIECES, _CHOICES, _ONE_CHOICE = 1, 2, 4
 _MOST_FLAGS = _PIECES | _CHOICES | _ONE_CHOICE
 # One less than NumPy has: complex numbers are pairs.
 _MOST_DIMENSIONS = 63
-# Deflate makes at most 1032 bytes of one; a header that claims more lies.
-_DEFLATE_LIMIT = 1032
+# What is deflated further is kept as it is: nobody has to unpack more than so many bytes, or so many times the bytes.
+_ALWAYS_UNPACKED, _MOST_UNPACKED = 1 << 20, 32
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TensorEntry:
     """One tensor in the structure.
 
@@ -141,6 +141,21 @@ def entries_of(
     return entries
 
 
+def claimed_bytes(entries: Iterable[TensorEntry], relative: bool) -> int:
+    """Return the bytes of weights that entries claim to be, under all names.
+
+    Parameters
+    ----------
+    relative
+        Whether what has an empty stream is as somebody gave it.
+    """
+    return sum(
+        len(entry.names) * entry.nbytes
+        for entry in entries
+        if not relative or entry.length or entry.original is not None
+    )
+
+
 def encode_structure(spec: str, shared: int, entries: Sequence[TensorEntry]) -> bytes:
     """Return the structure's bytes: magic, length, and the deflated table of tensors.
 
@@ -174,7 +189,7 @@ def encode_structure(spec: str, shared: int, entries: Sequence[TensorEntry]) -> 
         body += join_lengths(counts)
     body += join_lengths(length for entry in own for length in entry.lengths)
     body += bytes(choices if flags & _CHOICES else choices[:1] if flags & _ONE_CHOICE else [])
-    packed = zlib.compress(bytes(body), 9)
+    packed = deflated(bytes(body))
     return MAGIC + varint(len(body)) + varint(len(packed)) + packed
 
 
@@ -183,33 +198,30 @@ def decode_structure(data: bytes) -> Structure:
 
     Raises
     ------
+    RefusedStreamError
+        The bytes aren't a stream of kcomplex, or one of another version.
     StreamError
-        The bytes aren't a stream of kcomplex, or are truncated or corrupted.
+        They are truncated or corrupted.
     """
     if data.startswith(_FIRST_MAGIC):
-        raise StreamError("the stream is of a version that this kcomplex no longer reads (1): encode the weights anew")
+        raise RefusedStreamError("a stream of version 1, which this kcomplex no longer reads: encode the weights anew")
     if not data.startswith(MAGIC):
-        raise StreamError("this isn't a kcomplex stream: it doesn't begin with its magic bytes")
+        raise RefusedStreamError("this isn't a kcomplex stream: it doesn't begin with its magic bytes")
     outer = Reader(data, len(MAGIC))
     unpacked_size, packed_size = outer.varint(), outer.varint()
-    if unpacked_size > _DEFLATE_LIMIT * max(packed_size, 1):
-        raise StreamError(f"the structure claims {unpacked_size} bytes in {packed_size}: the stream is corrupted")
-    try:
-        inflater = zlib.decompressobj()
-        body = inflater.decompress(outer.take(packed_size), unpacked_size + 1)
-    except zlib.error as error:
-        raise StreamError(f"the structure of the stream is corrupted: {error}") from error
-    if len(body) != unpacked_size or not inflater.eof:
+    body = inflated(outer.take(packed_size), "the structure of the stream")
+    if len(body) != unpacked_size:
         raise StreamError("the structure of the stream hasn't the length that it claims")
     reader = Reader(body)
     spec, shared, flags = reader.text(), reader.varint(), reader.varint()
     if flags > _MOST_FLAGS or (flags & _CHOICES and flags & _ONE_CHOICE):
         raise StreamError(f"the structure of the stream has unknown flags: {flags}")
-    entries = _bare_entries(reader)
+    # Names, being different, take a byte each however well they are deflated.
+    entries = _bare_entries(reader, packed_size)
     own = [place for place, entry in enumerate(entries) if entry.original is None]
     counts = [reader.count() for _ in own] if flags & _PIECES else [1] * len(own)
-    if sum(counts) > reader.left:
-        raise StreamError(f"the structure announces {sum(counts)} pieces in {reader.left} bytes")
+    # The streams of pieces follow, of a byte or more where there are weights.
+    _require_at_most(len(own) + len(data) - outer.position, sum(counts), "pieces")
     lengths = [[reader.varint() for _ in range(count)] for count in counts]
     common = reader.take(1) if flags & _ONE_CHOICE else b"\0"
     choices = [tuple(reader.take(count) if flags & _CHOICES else common * count) for count in counts]
@@ -220,24 +232,27 @@ def decode_structure(data: bytes) -> Structure:
     return Structure(spec, shared, tuple(entries), outer.position)
 
 
-def _bare_entries(reader: Reader) -> list[TensorEntry]:
+def _bare_entries(reader: Reader, most_names: int) -> list[TensorEntry]:
     """Return the entries in a structure, without the lengths of their streams."""
-    total = reader.count()
-    counts = [reader.count() for _ in range(total)]
+    total = reader.varint()
+    _require_at_most(most_names, total, "tensors")
+    counts = [reader.varint() for _ in range(total)]
+    _require_at_most(most_names, sum(counts), "names")
     names = [tuple(reader.text() for _ in range(count)) for count in counts]
     if not all(counts):
         raise StreamError("the structure of the stream has a tensor without a name")
     if len({name for own in names for name in own}) < sum(counts):
         raise StreamError("the structure of the stream gives one name to two tensors")
     marked = reader.take(total)
-    dimensions = [reader.count() for _ in range(total)]
+    dimensions = [reader.varint() for _ in range(total)]
+    _require_at_most(_MOST_DIMENSIONS, max(dimensions, default=0), "dimensions")
     shapes = [tuple(reader.varint() for _ in range(count)) for count in dimensions]
     entries: list[TensorEntry] = []
     for place, (own, mark, shape) in enumerate(zip(names, marked, shapes, strict=True)):
         number = mark & ~(_SAME | _TRANSPOSED)
         if number >= len(_DTYPE_NAMES) or (mark & _TRANSPOSED and not mark & _SAME):
             raise StreamError(f"the structure of the stream gives the tensor {own[0]!r} an unknown dtype ({mark})")
-        if len(shape) > _MOST_DIMENSIONS or math.prod(max(side, 1) for side in shape) >= 1 << 60:
+        if math.prod(max(side, 1) for side in shape) >= 1 << 60:
             raise StreamError(f"the tensor {own[0]!r} claims the impossible shape {shape}")
         entry = TensorEntry(own, DTYPES[_DTYPE_NAMES[number]], shape)
         if mark & _SAME:
@@ -250,9 +265,43 @@ def _bare_entries(reader: Reader) -> list[TensorEntry]:
     return entries
 
 
+def _require_at_most(most: int, count: int, what: str) -> None:
+    if count > most:
+        raise StreamError(f"the structure of the stream announces {count} {what} where there can be {most}")
+
+
 def _is_original(other: TensorEntry, entry: TensorEntry, transposed: bool) -> bool:
     alike = other.original is None and other.dtype == entry.dtype
     return alike and can_be_duplicate(entry.shape, other.shape, transposed)
+
+
+def deflated(data: bytes) -> bytes:
+    """Return data deflated, but for what would be so short that `inflated` refused it."""
+    packed = zlib.compress(data, 9)
+    return packed if len(data) <= _most_unpacked(len(packed)) else zlib.compress(data, 0)
+
+
+def inflated(packed: bytes, what: str) -> bytes:
+    """Return what `deflated` was given.
+
+    Raises
+    ------
+    StreamError
+        The bytes are corrupted, or claim to be more than a megabyte and than 32 times themselves; the message names
+        ``what`` they are.
+    """
+    inflater = zlib.decompressobj()
+    try:
+        data = inflater.decompress(packed, _most_unpacked(len(packed)) + 1)
+    except zlib.error as error:
+        raise StreamError(f"{what}: the bytes are corrupted: {error}") from error
+    if not inflater.eof or inflater.unused_data:
+        raise StreamError(f"{what}: {len(packed)} bytes that are corrupted, or claim more than they can hold")
+    return data
+
+
+def _most_unpacked(packed: int) -> int:
+    return max(_ALWAYS_UNPACKED, _MOST_UNPACKED * packed)
 
 
 class Reader:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from threading import Lock
 from typing import BinaryIO, Unpack
@@ -20,20 +21,27 @@ from typing import BinaryIO, Unpack
 import numpy as np
 import torch
 
-from kcomplex.errors import KComplexError, SourceNotFoundError, StreamError, VerificationError, WeightsError
+from kcomplex.errors import (
+    KComplexError,
+    RefusedStreamError,
+    SourceNotFoundError,
+    StreamError,
+    VerificationError,
+    WeightsError,
+)
 from kcomplex.estimators.code import Code, EncodedTensor, Encoding, Memory, Outcome, shortest
 from kcomplex.estimators.coder import Coder
 from kcomplex.estimators.duplicates import Distinct, distinct_weights, duplicate
 from kcomplex.estimators.estimator import Estimator
 from kcomplex.estimators.given import GivenSource, given_path
-from kcomplex.estimators.pieces import Piece, handles_of, joined
-from kcomplex.estimators.pipeline import build_decoder, build_estimator
+from kcomplex.estimators.pieces import Piece, handles_of, joined, piece_limit
+from kcomplex.estimators.pipeline import build_decoder, build_encoder
 from kcomplex.estimators.relative import GivenCode
-from kcomplex.estimators.structure import TensorEntry
+from kcomplex.estimators.structure import TensorEntry, claimed_bytes
 from kcomplex.kcz.index import HEAD, Notes, PieceStream, digest_of, encode_index, read_index
 from kcomplex.machine.closing import Closing
 from kcomplex.machine.files import beside, refuse_overwriting, replacing
-from kcomplex.machine.limits import require_memory
+from kcomplex.machine.limits import require_claim, require_memory
 from kcomplex.machine.parallel import in_order
 from kcomplex.sources.formats.safetensors_file import original_layout, safetensors_header
 from kcomplex.sources.open import Choices, Source, opened
@@ -75,17 +83,16 @@ def encode(
     Raises
     ------
     WeightsError
-        The estimator has no decoder.
+        The estimator has no decoder, or there are no weights.
     KComplexError
         The file can't be written.
     """
-    code = build_estimator(estimator, given)
-    if not isinstance(code, Code):
-        raise WeightsError(f"{code.spec!r} is of kind {code.kind}: it has no stream that could be decoded")
-    target = Path(path)
+    code, target = build_encoder(estimator, given), _path(path)
     refuse_overwriting(target, source, given_path(code.given) if isinstance(code, GivenCode) else None)
     try:
         with opened(source, partial, **choices) as weights, replacing(target) as temporary, ExitStack() as stack:
+            if not len(weights):
+                raise WeightsError(f"{weights.source}: it holds no tensor that could be encoded")
             notes, distinct = _layout_of(source, weights), distinct_weights(weights)
             latest = temporary
 
@@ -139,6 +146,8 @@ class Container(Closing):
     ----------
     given
         What the file was encoded with, where that is so; a recipe that it names is never run unasked.
+    limit
+        Bytes of weights that the file may claim to hold; None for a thousand times its own bytes and 2**30 bytes.
 
     Attributes
     ----------
@@ -148,35 +157,49 @@ class Container(Closing):
         Name (with aliases), dtype, shape and stream length of every tensor, in the order of the file.
     notes
         Metadata, order and errors of the tensors that aren't exact.
+
+    Raises
+    ------
+    RefusedStreamError
+        It can't be read, is no ``.kcz`` file, or one of another version, made with other weights, or beyond the limit.
+    StreamError
+        It is truncated or corrupted.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, given: GivenSource | None = None) -> None:
-        self.path = Path(path)
+    def __init__(
+        self, path: str | os.PathLike[str], *, given: GivenSource | None = None, limit: int | None = None
+    ) -> None:
+        self.path = _path(path)
         self._given = given
         try:
             self._file = self.path.open("rb")
         except FileNotFoundError as error:
             raise SourceNotFoundError(f"{self.path}: there is no such file") from error
         except OSError as error:
-            raise StreamError(f"{self.path}: can't be read: {error.strerror or error}") from error
+            raise RefusedStreamError(f"{self.path}: can't be read: {error.strerror or error}") from error
         self._reading, self._learning = Lock(), Lock()
         # What was read last of a code that learns, and the stream that follows it.
         self._memory: Memory | None = None
         self._next = 0
         try:
-            self._open()
+            self._open(limit)
         except StreamError as error:
             self._file.close()
-            raise StreamError(f"{self.path}: {error}") from error
+            raise type(error)(f"{self.path}: {error}") from error
         except BaseException:
             self._file.close()
             raise
 
-    def _open(self) -> None:
+    def _open(self, limit: int | None) -> None:
         index = read_index(self._file)
         self.estimator, self.entries, self.notes = index.spec, index.entries, index.notes
         self._streams, self._limit = index.streams, index.limit
         self._code = build_decoder(index.spec, self._given)
+        most = piece_limit(self._code.divisible)
+        if most and any(item.piece.stop - item.piece.start > most for item in index.streams):
+            raise StreamError(f"a piece of more than {most} weights: the file is corrupted")
+        claimed = claimed_bytes(self.entries, isinstance(self._code, GivenCode))
+        require_claim(claimed, os.fstat(self._file.fileno()).st_size, limit)
         self._shared = self._section(*index.shared, "the shared side information")
 
     def pieces(self, jobs: int = 1) -> Iterator[tuple[TensorEntry, Piece, torch.Tensor]]:
@@ -247,7 +270,7 @@ class Container(Closing):
         try:
             return self._code.memory(self._shared)
         except StreamError as error:
-            raise StreamError(f"{self.path}: {error}") from error
+            raise type(error)(f"{self.path}: {error}") from error
 
     def _joined(self, entry: TensorEntry, memory: Memory, wanted: list[int]) -> torch.Tensor:
         if len(wanted) == 1:
@@ -255,7 +278,7 @@ class Container(Closing):
         try:
             require_memory(entry.nbytes + 2 * max(self._streams[index].entry.nbytes for index in wanted))
         except StreamError as error:
-            raise StreamError(f"{self.path}: the tensor {entry.names[0]!r} can't be decoded: {error}") from error
+            raise type(error)(f"{self.path}: the tensor {entry.names[0]!r} can't be decoded: {error}") from error
         streams = (self._streams[index] for index in wanted)
         return joined(((item.piece, self._decoded(memory, item)) for item in streams), entry.dtype, entry.shape)
 
@@ -266,9 +289,10 @@ class Container(Closing):
             require_memory(2 * entry.nbytes)
             data = self._section(stream.offset, entry.length, stream.digest, what)
             return self._code.decode(entry, data, memory)
-        except (StreamError, MemoryError) as error:
-            problem = str(error) or "it claims more memory than there is"
-            raise StreamError(f"{self.path}: {what} can't be decoded: {problem}") from error
+        except StreamError as error:
+            raise type(error)(f"{self.path}: {what} can't be decoded: {error}") from error
+        except MemoryError as error:
+            raise RefusedStreamError(f"{self.path}: {what} claims more memory than there is") from error
 
     def _section(self, offset: int, length: int, digest: bytes, what: str) -> bytes:
         with self._reading:
@@ -290,53 +314,91 @@ def decode(
     output: str | os.PathLike[str],
     *,
     given: GivenSource | None = None,
+    limit: int | None = None,
     jobs: int = 1,
     progress: Callable[[TensorEntry], None] | None = None,
 ) -> None:
-    """Write the tensors of a ``.kcz`` file as a safetensors file, with the metadata and order of what was encoded.
+    """Write the tensors of a ``.kcz`` file as a safetensors or a PyTorch file, as the suffix says.
 
-    Tensors with several names are written under each of them. The file is written piece by piece to a temporary name,
-    then renamed.
+    A safetensors file has the metadata and order of the one that was encoded; tensors with several names are written
+    under each of them. It is written piece by piece. A PyTorch file (``.pt``) holds every dtype and name, but no
+    metadata; its tensors are all in memory first.
+
+    Parameters
+    ----------
+    output
+        Written under a temporary name, then renamed.
+    given, limit
+        See `Container`.
+    jobs
+        Threads; a code that learns from tensor to tensor uses one.
+    progress
+        Called after each tensor.
 
     Raises
     ------
     StreamError
-        The container is truncated or corrupted.
+        The container is truncated or corrupted, or refused; see `Container`.
     WeightsError
-        Safetensors has no such dtype.
+        Safetensors files can't hold such a dtype or name.
     KComplexError
-        The file can't be written.
+        The file can't be written, or has another suffix.
     """
-    target = Path(output)
+    target = _path(output)
+    write = _WRITERS.get(target.suffix)
+    if write is None:
+        raise KComplexError(f"{target}: decode writes {' and '.join(_WRITERS)} files: give it such a name")
     refuse_overwriting(target, path, given_path(given))
-    with Container(path, given=given) as container:
-        layout = [(name, entry.dtype, entry.shape) for entry in container.entries for name in entry.names]
-        header, offsets = safetensors_header(layout, container.notes.metadata, container.notes.order)
+    with Container(path, given=given, limit=limit) as container:
         try:
-            with replacing(target) as temporary, temporary.open("w+b") as file:
-                file.write(header)
-                for entry, piece, tensor in container.pieces(jobs):
-                    for name in entry.names:
-                        file.seek(len(header) + offsets[name] + piece.start * entry.dtype.itemsize)
-                        file.write(words_of(tensor).data)
-                    if progress is not None and piece.stop == math.prod(entry.shape):
-                        progress(entry)
-                for entry in container.entries:
-                    if entry.original is None:
-                        continue
-                    original = container.entries[entry.original]
-                    words = _written(file, len(header) + offsets[original.names[0]], original)
-                    if entry.transposed:
-                        words = words.reshape(*original.shape, -1).swapaxes(0, 1)
-                    for name in entry.names:
-                        file.seek(len(header) + offsets[name])
-                        file.write(np.ascontiguousarray(words).data)
-                    if progress is not None:
-                        progress(entry)
+            write(container, target, jobs, progress or (lambda entry: None))
         except KComplexError:
             raise
         except OSError as error:
             raise KComplexError(f"{target}: can't be written: {error.strerror or error}") from error
+
+
+def _write_safetensors(container: Container, target: Path, jobs: int, progress: Callable[[TensorEntry], None]) -> None:
+    layout = [(name, entry.dtype, entry.shape) for entry in container.entries for name in entry.names]
+    header, offsets = safetensors_header(layout, container.notes.metadata, container.notes.order)
+    with replacing(target) as temporary, temporary.open("w+b") as file:
+        file.write(header)
+        for entry, piece, tensor in container.pieces(jobs):
+            for name in entry.names:
+                file.seek(len(header) + offsets[name] + piece.start * entry.dtype.itemsize)
+                file.write(words_of(tensor).data)
+            if piece.stop == math.prod(entry.shape):
+                progress(entry)
+        for entry in container.entries:
+            if entry.original is None:
+                continue
+            original = container.entries[entry.original]
+            words = _written(file, len(header) + offsets[original.names[0]], original)
+            if entry.transposed:
+                words = words.reshape(*original.shape, -1).swapaxes(0, 1)
+            for name in entry.names:
+                file.seek(len(header) + offsets[name])
+                file.write(np.ascontiguousarray(words).data)
+            progress(entry)
+
+
+def _write_pytorch(container: Container, target: Path, jobs: int, progress: Callable[[TensorEntry], None]) -> None:
+    require_memory(sum(entry.nbytes for entry in container.entries))
+    found: dict[str, torch.Tensor] = {}
+    for entry, parts in groupby(container.pieces(jobs), key=lambda part: part[0]):
+        whole = joined(((piece, tensor) for _, piece, tensor in parts), entry.dtype, entry.shape)
+        found |= dict.fromkeys(entry.names, whole)
+        progress(entry)
+    for entry in container.entries:
+        if entry.original is not None:
+            original = found[container.entries[entry.original].names[0]]
+            found |= dict.fromkeys(entry.names, duplicate(original, entry.shape, entry.transposed))
+            progress(entry)
+    with replacing(target) as temporary, temporary.open("wb") as file:
+        torch.save({name: found[name] for entry in container.entries for name in entry.names}, file)
+
+
+_WRITERS = {".safetensors": _write_safetensors, ".pt": _write_pytorch}
 
 
 def _written(file: BinaryIO, offset: int, entry: TensorEntry) -> Words:
@@ -351,6 +413,7 @@ def verify(
     source: Source | None = None,
     *,
     given: GivenSource | None = None,
+    limit: int | None = None,
     jobs: int = 1,
     **choices: Unpack[Choices],
 ) -> float:
@@ -361,25 +424,32 @@ def verify(
     source
         What was encoded. Names, dtypes, shapes, metadata and order must be the same; tensors that the file calls exact,
         bit for bit; the others must have the squared error that it tells.
+    given, limit
+        See `Container`.
     choices
         What was chosen of it when it was encoded; see `kcomplex.describe`.
 
     Raises
     ------
     VerificationError
-        Something differs.
-    StreamError
-        The file is truncated or corrupted.
+        Something differs, or the file is truncated or corrupted.
+    RefusedStreamError
+        The file isn't decoded; see `Container`.
     """
-    with Container(path, given=given) as container:
-        if source is None:
-            for _ in container.pieces(jobs):
-                pass
-        else:
-            with opened(source, partial=True, **choices) as weights:
-                _compare(container, weights, _layout_of(source, weights), jobs)
-        elements = sum(math.prod(entry.shape) for entry in container.entries)
-        return sum(container.notes.inexact.values()) / max(elements, 1)
+    try:
+        with Container(path, given=given, limit=limit) as container:
+            if source is None:
+                for _ in container.pieces(jobs):
+                    pass
+            else:
+                with opened(source, partial=True, **choices) as weights:
+                    _compare(container, weights, _layout_of(source, weights), jobs)
+            elements = sum(math.prod(entry.shape) for entry in container.entries)
+            return sum(container.notes.inexact.values()) / max(elements, 1)
+    except RefusedStreamError:
+        raise
+    except StreamError as error:
+        raise VerificationError(str(error)) from error
 
 
 def _compare(container: Container, weights: Weights, notes: Notes, jobs: int) -> None:
@@ -415,6 +485,13 @@ def _compare(container: Container, weights: Weights, notes: Notes, jobs: int) ->
 
 def _different(path: str | os.PathLike[str], entry: TensorEntry) -> VerificationError:
     return VerificationError(f"{path}: the tensor {entry.names[0]!r} isn't what was encoded")
+
+
+def _path(path: str | os.PathLike[str]) -> Path:
+    """Return a path; whatever else is given is an error of kcomplex."""
+    if not isinstance(path, (str, os.PathLike)) or "\0" in os.fspath(path):
+        raise KComplexError(f"{path!r} is no path: give a text or a pathlib.Path")
+    return Path(path)
 
 
 def _layout_of(source: Source | None, weights: Weights) -> Notes:

@@ -5,18 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO, NamedTuple
 
-from kcomplex.errors import StreamError
+from kcomplex.errors import RefusedStreamError, StreamError
 from kcomplex.estimators.pieces import Piece, piece_count, pieces_of
 from kcomplex.estimators.structure import (
     Reader,
     Structure,
     TensorEntry,
     decode_structure,
+    deflated,
+    inflated,
     varint,
 )
 
@@ -26,8 +27,6 @@ HEAD = MAGIC + bytes([VERSION])
 _DIGEST = 8
 _INDEX_DIGEST = 16
 _TRAILER = 8 + _INDEX_DIGEST
-# Deflate makes at most 1032 bytes of one; notes that claim more lie.
-_DEFLATE_LIMIT = 1032
 
 
 @dataclass(frozen=True)
@@ -101,7 +100,7 @@ def encode_index(structure: bytes, limit: int, digests: bytes, notes: Notes) -> 
         Of the shared side information and of every stream, one after another.
     """
     told = {"metadata": dict(notes.metadata), "order": list(notes.order), "inexact": dict(notes.inexact)}
-    packed = zlib.compress(json.dumps({key: value for key, value in told.items() if value}).encode(), 9)
+    packed = deflated(json.dumps({key: value for key, value in told.items() if value}).encode())
     index = structure + varint(limit) + digests + packed
     return index + _trailer(HEAD, index)
 
@@ -111,18 +110,20 @@ def read_index(file: BinaryIO) -> Index:
 
     Raises
     ------
+    RefusedStreamError
+        It is no ``.kcz`` file, or one of another version.
     StreamError
-        It is no ``.kcz`` file, or one of a later version, or truncated or corrupted.
+        It is truncated or corrupted.
     """
     size = os.fstat(file.fileno()).st_size
     head = file.read(len(HEAD))
     version = head[len(MAGIC) :]
     if not head.startswith(MAGIC):
-        raise StreamError("this isn't a .kcz file: it doesn't begin with its magic bytes")
+        raise RefusedStreamError("this isn't a .kcz file: it doesn't begin with its magic bytes")
     if not version or version[0] > VERSION:
-        raise StreamError(f"a .kcz file of version {version.hex()}: this kcomplex reads version {VERSION}")
+        raise RefusedStreamError(f"a .kcz file of version {version.hex()}: this kcomplex reads version {VERSION}")
     if version[0] < VERSION:
-        raise StreamError(
+        raise RefusedStreamError(
             f"a .kcz file of version {version[0]}, which this kcomplex ({VERSION}) no longer reads: decode it with the "
             "kcomplex that wrote it, and encode it anew"
         )
@@ -180,13 +181,14 @@ def _require_pieces(structure: Structure, limit: int, reader: Reader) -> None:
 
 
 def _read_notes(packed: bytes, names: set[str]) -> Notes:
-    inflater = zlib.decompressobj()
+    text = inflated(packed, "the notes of the file")
     try:
-        text = inflater.decompress(packed, _DEFLATE_LIMIT * max(len(packed), 1))
         told: dict[str, Any] = json.loads(text)
-    except (zlib.error, ValueError, RecursionError) as error:
+        # Escapes make halves of a letter, which no file can be written with.
+        json.dumps(told, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:
         raise StreamError(f"the notes of the file are corrupted: {error}") from error
-    if not inflater.eof or inflater.unused_data or not isinstance(told, dict):
+    if not isinstance(told, dict):
         raise StreamError("the notes of the file are corrupted")
     metadata, order, inexact = told.get("metadata", {}), told.get("order", []), told.get("inexact", {})
     if not (

@@ -6,9 +6,12 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
-from kcomplex.errors import StreamError
+from kcomplex.errors import RefusedStreamError, SpecError
 
-# Claims of so many bytes are never refused.
+# Weights that a stream may claim without being asked, in bytes, besides so many times its own bytes.
+_CLAIM = 1 << 30
+_PLAUSIBLE = 1000
+# Claims of so many bytes are never refused for lack of memory.
 _SMALL = 1 << 26
 _KERNEL = Path("/proc/meminfo")
 
@@ -52,14 +55,41 @@ def require_memory(needed: int) -> None:
 
     Raises
     ------
-    StreamError
+    RefusedStreamError
         It does.
     """
     if needed <= _SMALL:
         return
     free = free_memory()
     if free is not None and needed > free:
-        raise StreamError(f"it claims {needed / 1e9:.1f} GB of memory where {free / 1e9:.1f} GB are free")
+        raise RefusedStreamError(f"it claims {needed / 1e9:.1f} GB of memory where {free / 1e9:.1f} GB are free")
+
+
+def require_claim(claimed: int, given: int, limit: int | None) -> None:
+    """Refuse a stream that claims more weights than it may, in bytes, as a few bytes can claim any number of them.
+
+    Parameters
+    ----------
+    given
+        Bytes of the stream.
+    limit
+        What it may claim; None for a thousand times its bytes and 2**30 bytes.
+
+    Raises
+    ------
+    RefusedStreamError
+        It claims more.
+    SpecError
+        The limit is no integer.
+    """
+    if not isinstance(limit, int | None):
+        raise SpecError(f"limit is a number of bytes, not {limit!r}")
+    allowed = _PLAUSIBLE * given + _CLAIM if limit is None else limit
+    if claimed > allowed:
+        raise RefusedStreamError(
+            f"{given:,} bytes claim to hold {claimed:,} bytes of weights where {allowed:,} are allowed: if you trust "
+            f"where they are from, allow more with limit={claimed} (on the command line: --limit {claimed})"
+        )
 
 
 def _left_in(group: _Group) -> int | None:

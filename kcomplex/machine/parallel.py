@@ -25,8 +25,8 @@ def in_order(function: Callable[[Item], Result], items: Iterable[Item], jobs: in
     SpecError
         ``jobs`` is 0 or below -1.
     """
-    if jobs == 0 or jobs < -1:
-        raise SpecError(f"jobs is a number of threads (or -1 for one a core), not {jobs}")
+    if not isinstance(jobs, int) or jobs == 0 or jobs < -1:
+        raise SpecError(f"jobs is a number of threads (or -1 for one a core), not {jobs!r}")
     threads = os.cpu_count() or 1 if jobs == -1 else jobs
     return map(function, items) if threads == 1 else _threaded(function, items, threads)
 

@@ -7,7 +7,7 @@ from typing import Unpack
 
 import torch
 
-from kcomplex.errors import StreamError, VerificationError, WeightsError
+from kcomplex.errors import RefusedStreamError, StreamError, VerificationError, WeightsError
 from kcomplex.estimators.code import Code, EncodedTensor, Encoding, Memory, Outcome, shortest
 from kcomplex.estimators.coder import Coder
 from kcomplex.estimators.description import Description, TensorDescription
@@ -15,10 +15,10 @@ from kcomplex.estimators.duplicates import Distinct, distinct_weights, duplicate
 from kcomplex.estimators.estimator import Estimator
 from kcomplex.estimators.given import GivenSource
 from kcomplex.estimators.pieces import joined, piece_count, piece_limit, pieces_of
-from kcomplex.estimators.pipeline import build_decoder, build_estimator
+from kcomplex.estimators.pipeline import build_decoder, build_encoder
 from kcomplex.estimators.relative import GivenCode
-from kcomplex.estimators.structure import Reader, TensorEntry, decode_structure
-from kcomplex.machine.limits import require_memory
+from kcomplex.estimators.structure import Reader, TensorEntry, claimed_bytes, decode_structure
+from kcomplex.machine.limits import require_claim, require_memory
 from kcomplex.sources.open import Choices, Source, opened
 from kcomplex.weights import TensorHandle, Weights, squared_error, words_of
 
@@ -43,12 +43,12 @@ def encode_checkpoint(
     Raises
     ------
     WeightsError
-        The estimator has no decoder (its kind isn't ``code``).
+        The estimator has no decoder (its kind isn't ``code``), or there are no weights.
     """
-    code = build_estimator(estimator, given)
-    if not isinstance(code, Code):
-        raise WeightsError(f"{code.spec!r} is of kind {code.kind}: it has no stream that could be decoded")
+    code = build_encoder(estimator, given)
     with opened(source, partial, **choices) as weights:
+        if not len(weights):
+            raise WeightsError(f"{weights.source}: it holds no tensor that could be encoded")
         distinct = distinct_weights(weights)
         return shortest(code, lambda code: _encoded(weights, distinct, code))
 
@@ -61,27 +61,36 @@ def _encoded(weights: Weights, distinct: Distinct, code: Code) -> tuple[bytes, O
     return stream, encoding.outcome(8.0 * len(stream), 8.0 * len(structure))
 
 
-def decode_checkpoint(data: bytes, *, given: GivenSource | None = None) -> dict[str, torch.Tensor]:
+def decode_checkpoint(
+    data: bytes, *, given: GivenSource | None = None, limit: int | None = None
+) -> dict[str, torch.Tensor]:
     """Return the tensors of a stream by name; tensors with several names appear under each, sharing storage.
 
     Parameters
     ----------
     given
         What the stream was encoded with, where that is so; a recipe that a stream names is never run unasked.
+    limit
+        Bytes of weights that the stream may claim to hold; None for a thousand times its own bytes and 2**30 bytes.
 
     Raises
     ------
+    RefusedStreamError
+        It is no stream, or one of another version, made with other weights, or beyond the limit.
     StreamError
         The stream is truncated or corrupted.
     UnknownNameError, PluginError
         The estimator that wrote it isn't installed.
     """
+    if not isinstance(data, bytes):
+        raise RefusedStreamError(f"a stream is bytes, not {type(data).__name__}; kcomplex.decode reads files")
     structure = decode_structure(data)
     code = build_decoder(structure.spec, given)
     position = structure.size + structure.shared
     expected = position + sum(entry.length for entry in structure.tensors)
     if len(data) != expected:
         raise StreamError(f"the stream has {len(data)} bytes where its structure announces {expected}")
+    require_claim(claimed_bytes(structure.tensors, isinstance(code, GivenCode)), len(data), limit)
     # The last one may be joined from parts while all others are there.
     sizes = [entry.nbytes for entry in structure.tensors]
     require_memory(sum(sizes) + max(sizes, default=0))
@@ -95,18 +104,19 @@ def decode_checkpoint(data: bytes, *, given: GivenSource | None = None) -> dict[
                     decoded.append(_decoded(code, entry, stream, memory))
                 else:
                     decoded.append(duplicate(decoded[entry.original], entry.shape, entry.transposed))
-            except (StreamError, MemoryError) as error:
-                problem = str(error) or "it claims more memory than there is"
-                raise StreamError(f"the tensor {entry.names[0]!r} can't be decoded: {problem}") from error
+            except StreamError as error:
+                raise type(error)(f"the tensor {entry.names[0]!r} can't be decoded: {error}") from error
+            except MemoryError as error:
+                raise RefusedStreamError(f"the tensor {entry.names[0]!r} claims more memory than there is") from error
     pairs = zip(structure.tensors, decoded, strict=True)
     return {name: tensor for entry, tensor in pairs for name in entry.names}
 
 
 def _decoded(code: Code, entry: TensorEntry, stream: bytes, memory: Memory) -> torch.Tensor:
-    limit = piece_limit(len(entry.lengths) > 1)
+    limit = piece_limit(code.divisible)
     if piece_count(entry.shape, limit) != len(entry.lengths):
         raise StreamError(f"it is said to be in {len(entry.lengths)} pieces")
-    if not limit:
+    if len(entry.lengths) == 1:
         return code.decode(entry, stream, memory)
     reader = Reader(stream)
     parts = (
@@ -134,17 +144,18 @@ def prove(source: Source, description: Description, *, given: GivenSource | None
 
 
 def _prove(weights: Weights, description: Description, given: GivenSource | None) -> None:
-    code = build_estimator(description.estimator, given)
+    code = build_encoder(description.estimator, given)
     data = encode_checkpoint(weights, code, partial=True)
+    known = code.given if isinstance(code, GivenCode) else None
+    names = {name for handle in weights.values() for name in (handle.name, *handle.aliases)}
     try:
-        decoded = decode_checkpoint(data, given=code.given if isinstance(code, GivenCode) else None)
+        decoded = decode_checkpoint(data, given=known, limit=len(names) * weights.nbytes)
     except StreamError as error:
         raise VerificationError(f"{description.estimator}: its own stream can't be decoded: {error}") from error
     if 8 * len(data) != description.bits:
         raise VerificationError(
             f"{description.estimator}: {8 * len(data)} bits where {description.bits} were described"
         )
-    names = {name for handle in weights.values() for name in (handle.name, *handle.aliases)}
     if decoded.keys() != names:
         raise VerificationError(f"{description.estimator}: other tensors come back than were encoded")
     for tensor in description.tensors:

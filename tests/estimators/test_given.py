@@ -247,7 +247,8 @@ def test_a_damaged_relative_stream_is_refused_or_decodes_to_others(data: st.Data
 
 
 def test_files_go_and_come_back_given_a_file(tmp_path: Path) -> None:
-    old, new, packed, back = (tmp_path / name for name in ("old.safetensors", "new.safetensors", "new.kcz", "back"))
+    names = ("old.safetensors", "new.safetensors", "new.kcz", "back.safetensors")
+    old, new, packed, back = (tmp_path / name for name in names)
     safetensors.torch.save_file(base(), old)
     safetensors.torch.save_file(later(), new)
     size = encode(new, packed, "planes|zstd", given=old, jobs=2)

@@ -104,7 +104,11 @@ def _batch(make: Make, read: Read, seeds: Sequence[int], kept: Path, told: Count
         process = os.fork()
         if not process:
             os.close(receive)
-            _run(make, read, seeds, Path(folder), send)
+            try:
+                _run(make, read, seeds, Path(folder), send)
+            except BaseException:
+                traceback.print_exc()
+            os._exit(0)
         os.close(send)
         with os.fdopen(receive) as pipe:
             lines = [line.split(maxsplit=2) for line in pipe]
@@ -151,7 +155,6 @@ def _run(make: Make, read: Read, seeds: Sequence[int], folder: Path, send: int) 
         os.write(send, f"{word} {peak} {' '.join(problem.split())[:500]}\n".encode(errors="replace"))
         if word == _FAILED:
             break
-    os._exit(0)
 
 
 def _limit_time(processor: float, clock: float) -> None:

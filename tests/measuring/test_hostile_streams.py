@@ -10,12 +10,12 @@ import torch
 
 import kcomplex as kc
 from kcomplex.compressors.context.context import Context
-from kcomplex.errors import KComplexError, SpecError, StreamError
+from kcomplex.errors import KComplexError, RefusedStreamError, SpecError, StreamError
 from kcomplex.estimators.given import given_of
 from kcomplex.estimators.pipeline import build_decoder
 from kcomplex.estimators.structure import TensorEntry, encode_structure, varint
 from kcomplex.estimators.symbols import PIECE_SYMBOLS
-from kcomplex.kcz.container import Container, decode, encode
+from kcomplex.kcz.container import Container, decode, encode, verify
 from kcomplex.kcz.index import HEAD, _read_notes, _trailer, digest_of
 from kcomplex.machine import limits as memory
 from kcomplex.quantising.quantisation import quantise
@@ -111,21 +111,50 @@ def write_constant(path: Path, spec: str, elements: int) -> None:
     path.write_bytes(HEAD + data + index + _trailer(HEAD, index))
 
 
-@pytest.mark.parametrize("spec", ["context", "entropy", "palette|context", "uniform:bits=4|context"])
-def test_a_constant_tensor_claims_no_more_memory_than_there_is(spec, tmp_path):
-    path = tmp_path / "w.kcz"
+def test_a_constant_tensor_claims_no_more_than_is_allowed(tmp_path):
+    path, output = tmp_path / "w.kcz", tmp_path / "back.safetensors"
+    spec = "uniform:bits=4|context"
     write_constant(path, spec, 2 * PIECE_SYMBOLS)
     with Container(path) as container:
         assert torch.equal(container.tensor("w"), torch.ones(2 * PIECE_SYMBOLS, dtype=torch.int8))
+    with pytest.raises(StreamError, match="--limit 33554432"):
+        Container(path, limit=2 * PIECE_SYMBOLS - 1)
     write_constant(path, spec, 1 << 45)
-    with Container(path) as container:
-        with pytest.raises(StreamError, match=r"'w' can't be decoded: it claims 70368.7 GB of memory"):
+    for read in (Container, verify, lambda path: decode(path, output)):
+        with pytest.raises(RefusedStreamError, match=r"claim to hold 35,184,372,088,832 bytes .*limit=35184372088832"):
+            read(path)
+    with Container(path, limit=1 << 45) as container:
+        with pytest.raises(RefusedStreamError, match=r"'w' can't be decoded: it claims 70368.7 GB of memory"):
             container.tensor("w")
-        with pytest.raises(StreamError, match="claims"):
+        with pytest.raises(RefusedStreamError, match="claims"):
             next(container.pieces())
-    with pytest.raises(StreamError, match="claims"):
-        decode(path, tmp_path / "back.safetensors")
-    assert not (tmp_path / "back.safetensors").exists()
+    assert not output.exists()
+
+
+@pytest.mark.parametrize("spec", ["context", "entropy", "palette|context"])
+def test_a_code_that_takes_pieces_is_given_no_longer_ones(spec, tmp_path):
+    write_constant(tmp_path / "w.kcz", spec, 2 * PIECE_SYMBOLS)
+    with pytest.raises(StreamError, match="a piece of more than 4194304 weights"):
+        Container(tmp_path / "w.kcz")
+
+
+def test_a_hundred_million_zeros_in_a_few_bytes_are_decoded_unasked(tmp_path):
+    zeros = torch.zeros(100_000_000)
+    assert encode({"w": zeros}, tmp_path / "w.kcz", "entropy") < 600
+    assert verify(tmp_path / "w.kcz") == 0
+
+
+def test_a_stream_claims_no_more_than_is_allowed():
+    stream = kc.encode_checkpoint({"w": torch.zeros(1000)}, "entropy")
+    assert kc.decode_checkpoint(stream, limit=4000)["w"].shape == (1000,)
+    with pytest.raises(RefusedStreamError, match=r"4,000 bytes of weights where 3,999 are allowed.*limit=4000"):
+        kc.decode_checkpoint(stream, limit=3999)
+    with pytest.raises(SpecError, match="number of bytes"):
+        kc.decode_checkpoint(stream, limit="1 GB")
+    # What is as it was given is paid for by whoever gave it.
+    given = {"w": torch.ones(1000)}
+    stream = kc.encode_checkpoint(given, "zstd", given=given)
+    assert torch.equal(kc.decode_checkpoint(stream, given=given, limit=0)["w"], given["w"])
 
 
 def test_tensors_together_claim_no_more_memory_than_there_is(monkeypatch):
@@ -211,7 +240,7 @@ def test_nothing_overwrites_what_it_is_made_of(tmp_path):
         lambda: encode(plain, plain, "zstd"),
         lambda: encode(plain, tmp_path / "link", "zstd"),
         lambda: encode({"a": torch.ones(3)}, plain, "zstd", given=plain),
-        lambda: decode(packed, packed),
+        lambda: decode(packed, plain, given=plain),
         lambda: quantise(plain, plain, mse=1e-3),
     ):
         with pytest.raises(KComplexError, match="another name"):

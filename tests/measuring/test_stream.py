@@ -161,7 +161,7 @@ def test_dtype_codes_of_streams_never_change() -> None:
 
 
 def test_a_stream_of_the_first_version_is_refused() -> None:
-    with pytest.raises(StreamError, match=r"version that this kcomplex no longer reads \(1\)"):
+    with pytest.raises(StreamError, match="version 1, which this kcomplex no longer reads"):
         kc.decode_checkpoint(bytes.fromhex(GOLDEN))
 
 
@@ -174,5 +174,5 @@ def test_streams_name_every_option_of_their_decoder() -> None:
 def test_impossible_shapes_are_refused(shape: tuple[int, ...]) -> None:
     body = b"\x03raw\x00\x00\x01\x01\x01w\x06" + varint(len(shape)) + b"".join(varint(side) for side in shape) + b"\x00"
     packed = zlib.compress(body, 9)
-    with pytest.raises(StreamError, match="impossible shape"):
+    with pytest.raises(StreamError, match=r"impossible shape|70 dimensions"):
         kc.decode_checkpoint(MAGIC + varint(len(body)) + varint(len(packed)) + packed)

@@ -13,9 +13,9 @@ import torch
 from safetensors import safe_open
 
 from kcomplex.errors import WeightsError
-from kcomplex.sources.formats.content import kind_of
+from kcomplex.sources.formats.content import MAX_HEADER_BYTES, kind_of
 from kcomplex.sources.formats.guard import check_distinct, check_shape, guarded
-from kcomplex.weights import SkippedTensor, TensorHandle, Weights
+from kcomplex.weights import SkippedTensor, TensorHandle, Weights, dtype_name
 
 _DTYPES = {
     "BOOL": torch.bool,
@@ -38,6 +38,8 @@ _DTYPES = {
     "F64": torch.float64,
     "C64": torch.complex64,
 }
+# What stands beside the tensors in a header, under a name that none of them can have.
+_METADATA = "__metadata__"
 
 
 class SafetensorsFile:
@@ -85,7 +87,7 @@ def original_layout(path: Path) -> tuple[dict[str, str], tuple[str, ...]] | None
         return None
     with path.open("rb") as file:
         header: dict[str, Any] = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    metadata = header.pop("__metadata__", {})
+    metadata = header.pop(_METADATA, {})
     dtypes = {name: _DTYPES[entry["dtype"]] for name, entry in header.items() if entry["dtype"] in _DTYPES}
     order = sorted(dtypes, key=lambda name: header[name]["data_offsets"])
     usual = sorted(dtypes, key=lambda name: _library_rank(name, dtypes[name]))
@@ -110,24 +112,27 @@ def safetensors_header(
     Raises
     ------
     WeightsError
-        Safetensors has no such dtype.
+        Safetensors files can't hold such a dtype or name, or so many of them.
     """
     codes = {dtype: code for code, dtype in _DTYPES.items()}
     ranks = {name: rank for rank, name in enumerate(order)}
-    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    header: dict[str, Any] = {_METADATA: dict(metadata)} if metadata else {}
     offsets: dict[str, int] = {}
     position = 0
     for name, dtype, shape in sorted(
         layout, key=lambda item: (ranks.get(item[0], len(ranks)), _library_rank(*item[:2]))
     ):
-        if dtype not in codes:
-            raise WeightsError(f"the tensor {name!r} is {dtype}, which safetensors files can't hold: leave it out")
+        if dtype not in codes or name == _METADATA:
+            problem = f"the name {name!r}" if dtype in codes else f"{dtype_name(dtype)} (the tensor {name!r})"
+            raise WeightsError(f"safetensors files can't hold {problem}: write a .pt file")
         offsets[name] = position
         end = position + math.prod(shape) * dtype.itemsize
         header[name] = {"dtype": codes[dtype], "shape": list(shape), "data_offsets": [position, end]}
         position = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
+    if len(text) > MAX_HEADER_BYTES:
+        raise WeightsError(f"the names and shapes of {len(offsets)} tensors are too long for a safetensors file")
     return len(text).to_bytes(8, "little") + text, offsets
 
 
