@@ -97,8 +97,11 @@ def describe(
                     show_explanation(item, weights.source, per_tensor)
             elif output is OutputFormat.TABLE:
                 write_frame(_shown(frames[-1], dry_run, per_tensor), output, title=_title(weights))
-            care = descriptions[0].care if documents and descriptions else ()
-            tell_coverage(weights.coverage, () if dry_run else care)
+            told = explanations[0].description if explain else None if dry_run else descriptions[0]
+            if told is None:
+                tell_coverage(weights.coverage)
+            else:
+                tell_coverage(told.coverage, told.given, told.care)
     if figure is not None:
         draw_explanation(explanations[0], figure)
     if output is OutputFormat.JSON and not dry_run and not explain:

@@ -101,11 +101,12 @@ def write_figure(axes: Axes, frame: pd.DataFrame, path: Path) -> None:
     errors.print(f"wrote {path} and {table}", markup=False)
 
 
-def tell_coverage(coverage: Coverage, care: Iterable[str] = ()) -> None:
+def tell_coverage(coverage: Coverage, given: object = None, care: Iterable[str] = ()) -> None:
     """Say on the standard error what share of its source a number is the number of, and what to know besides."""
-    errors.print(printable(f"coverage: {coverage}"), markup=False)
-    if care:
-        errors.print(printable(f"care: {'; '.join(care)}"), markup=False)
+    lines = {"coverage": coverage, "given": given, "care": "; ".join(care)}
+    for name, told in lines.items():
+        if told:
+            errors.print(printable(f"{name}: {told}"), markup=False)
 
 
 def printable(text: str) -> str:

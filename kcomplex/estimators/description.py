@@ -181,20 +181,22 @@ class Description:
         """What to know before the number is believed: NaN, duplicates, what was folded, copies, what was unreadable."""
         told = []
         if self.nonfinite:
-            some = _some(list(self.nonfinite))
-            told.append(f"{sum(self.nonfinite.values()):,} weights are NaN or infinite, in {some}")
-        same = [tensor.name for tensor in self.tensors if tensor.same_as]
+            where = some(tuple(self.nonfinite))
+            told.append(f"{sum(self.nonfinite.values()):,} weights are NaN or infinite, in {where}")
+        same = [tensor.name for tensor in self.tensors if tensor.same_as and tensor.weights > 1]
         if same:
-            told.append(f"{_some(same)} cost nothing: the same as earlier tensors")
+            told.append(f"{some(same)} cost nothing: the same as earlier tensors")
         folded = [item.name for item in self.skipped if item.folded]
         if folded:
-            told.append(f"{_some(folded)}: folded into what the network computes with")
+            told.append(f"{some(folded)}: folded into what the network computes with")
         copies = [item.name for item in self.skipped if item.role == "copy"]
         if copies:
-            told.append(f"{_some(copies)}: copies of the network")
-        unread = [item.name for item in self.skipped if item.role in ("", "packed")]
+            told.append(f"{some(copies)}: copies of the network")
+        unread = [
+            item.name for item in self.skipped if item.role == "packed" or (item.shape is not None and not item.role)
+        ]
         if unread:
-            told.append(f"{_some(unread)} can't be measured")
+            told.append(f"{some(unread)} can't be measured")
         return tuple(told)
 
     def __repr__(self) -> str:
@@ -268,10 +270,6 @@ class Description:
         ax.invert_yaxis()
         ax.set_xlabel(f"{self.estimator} ({self.kind}), {'bits per weight' if in_bits else self.unit}")
         return ax
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3:,} more" if len(names) > 3 else "")
 
 
 def shape_text(shape: tuple[int, ...] | list[int]) -> str:

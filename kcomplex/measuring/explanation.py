@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, TypeAlias, Unpack
 
@@ -16,6 +16,7 @@ from kcomplex.estimators.given import GivenSource
 from kcomplex.estimators.pipeline import build_estimators
 from kcomplex.estimators.quantised import QuantisedCode, QuantisedLength, quantised_weights
 from kcomplex.measuring.floor import TensorFloor, tensor_floor
+from kcomplex.measuring.measure import count_nonfinite
 from kcomplex.measuring.shuffling import shuffled_weights
 from kcomplex.sources.open import Choices, Source, opened
 from kcomplex.weights import TensorHandle, Weights
@@ -110,6 +111,7 @@ def explain(
     """
     built = build_estimators(estimators, given)
     with opened(source, partial, **choices) as weights:
+        nonfinite = count_nonfinite(weights)
         floors: dict[str, tuple[TensorFloor, ...]] = {}
         explanations = []
         for estimator in built:
@@ -129,6 +131,7 @@ def explain(
             if shuffle is not None:
                 named = _named(progress, f"{estimator.spec}, shuffled")
                 shuffled = estimator.describe(shuffled_weights(weights, shuffle), jobs=jobs, progress=named)
+            description = replace(description, nonfinite=nonfinite)
             explanations.append(Explanation(description, floors.get(label, ()), shuffled))
         return tuple(explanations)
 
