@@ -112,8 +112,9 @@ def values_of(tensor: torch.Tensor) -> NDArray[np.floating[Any]]:
 
 def squared_error(one: torch.Tensor, other: torch.Tensor) -> float:
     """Return the sum of squared differences between two tensors' values, in double precision."""
-    difference = values_of(one).astype(np.float64) - values_of(other).astype(np.float64)
-    return float(np.square(difference).sum())
+    difference = values_of(one).astype(np.float64)
+    difference -= values_of(other)
+    return float(np.square(difference, out=difference).sum())
 
 
 @dataclass(frozen=True)
@@ -171,6 +172,10 @@ class TensorHandle:
             The source turns out to be truncated or corrupted.
         """
         return self.load()
+
+    def read_range(self, start: int, stop: int) -> torch.Tensor:
+        """Return the elements from one place to another of the flat tensor; see `read`."""
+        return self.read().reshape(-1)[start:stop] if self.load_range is None else self.load_range(start, stop)
 
     def words(self) -> Words:
         """Return the flat bit patterns; see `words_of`."""

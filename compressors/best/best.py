@@ -13,6 +13,7 @@ import torch
 from kcomplex.errors import StreamError
 from kcomplex.estimators.code import Code, EncodedTensor, Memory, OtherEncoder, Outcome, SymbolCode
 from kcomplex.estimators.differences import from_word_differences, word_differences
+from kcomplex.estimators.pieces import handles_of, piece_limit
 from kcomplex.estimators.pipeline import build_estimator
 from kcomplex.estimators.structure import TensorEntry
 from kcomplex.estimators.symbols import Shape, symbol_shape
@@ -113,9 +114,8 @@ class Best(Code):
         """Whether a member of the portfolio learns from tensor to tensor."""
         return any(_member(place).sequential for place in _TIERS[self.tier])
 
-    @property
-    def divisible(self) -> bool:
-        """True: pieces of a tensor may have members of their own."""
+    def divides(self, shared: bytes) -> bool:
+        """Return True: pieces of a tensor may have members of their own."""
         return True
 
     @property
@@ -130,11 +130,11 @@ class Best(Code):
         if not shared:
             return b""
         saved = 0
-        for handle in weights.values():
-            length = mosaic.encode(handle, mosaic.memory(shared)).size
-            if length < handle.nbytes:
+        for piece in (piece for handle in weights.values() for piece in handles_of(handle, piece_limit(True))):
+            length = mosaic.encode(piece, mosaic.memory(shared)).size
+            if length < piece.nbytes:
                 rivals = (_member(rival) for rival in _RIVALS)
-                saved += max(0, min(rival.encode(handle, rival.memory(b"")).size for rival in rivals) - length)
+                saved += max(0, min(rival.encode(piece, rival.memory(b"")).size for rival in rivals) - length)
         return shared if saved > len(shared) else b""
 
     def memory(self, shared: bytes = b"") -> BestMemory:

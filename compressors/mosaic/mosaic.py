@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from kcomplex.errors import SpecError, StreamError, WeightsError
 from kcomplex.estimators.arrays import require_forms
 from kcomplex.estimators.coder import Quantised, Quantiser
+from kcomplex.estimators.pieces import ALIGNMENT
 from kcomplex.estimators.structure import Reader, varint
 from kcomplex.estimators.symbols import Shape
 from kcomplex.motifs.blocks import blocks_of, draw_motifs, motif_count, update_motifs
@@ -96,6 +97,10 @@ class Mosaic(Quantiser):
     def lossless(self) -> bool:
         """Whether blocks are compared bit for bit; see `Quantiser.lossless`."""
         return self.k is None and self.capacity is None
+
+    def divides(self, shared: bytes) -> bool:
+        """Return whether blocks end where pieces do, or there are none."""
+        return not shared or ALIGNMENT % self._table(_SINGLE, shared).shape[1] == 0
 
     def fit(self, tensors: Iterable[TensorHandle]) -> bytes:
         """Return the codebooks for float32 and for float64 values; nothing where both are empty.

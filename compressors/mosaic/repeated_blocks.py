@@ -76,7 +76,7 @@ def best_block_size(groups: Sequence[Sequence[TensorHandle]]) -> int | None:
 
 def _samples(group: Sequence[TensorHandle], share: float) -> list[_Sample]:
     """Return the beginnings of tensors, without those in which hardly a word, and so no block, occurs twice."""
-    heads = [handle.read().reshape(-1)[: int(handle.elements * share)] for handle in group]
+    heads = [handle.read_range(0, int(handle.elements * share)) for handle in group]
     patterns = [bits_of(values_of(head)) for head in heads]
     keys = _sampled_keys([words[:, None] for words in patterns], _FIRST_SHARE)
     labels, counts = _labelled(keys)

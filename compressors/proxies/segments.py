@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kcomplex.estimators.pieces import handles_of
 from kcomplex.weights import TensorHandle, values_of
 
 SEGMENT = 1 << 20
@@ -18,6 +19,5 @@ def value_segments(handle: TensorHandle) -> Iterator[NDArray[np.floating[Any]]]:
 
     A segment has shape (elements,), or (elements, 2) for real and imaginary parts of a complex tensor.
     """
-    flat = handle.read().detach().reshape(-1)
-    for start in range(0, flat.numel(), SEGMENT):
-        yield values_of(flat[start : start + SEGMENT])
+    for piece in handles_of(handle, SEGMENT) if handle.elements else ():
+        yield values_of(piece.read().detach().reshape(-1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -13,7 +14,7 @@ from kcomplex.estimators.arrays import require_forms
 from kcomplex.estimators.coder import Quantised, Quantiser
 from kcomplex.estimators.symbols import Shape
 
-from .scales import Values, bounded, pack_scales, row_count, rows, unpack_scales
+from .scales import Values, bounded, largest_magnitude, ordered_magnitude, pack_scales, row_count, rows, unpack_scales
 from .uniform import signed_dtype, within
 
 
@@ -67,16 +68,28 @@ class DeadZone(Quantiser):
         """The largest symbol."""
         return int(2 ** (self.bits - 1) - 1)
 
-    def quantise(self, values: NDArray[np.floating[Any]], shared: bytes) -> Quantised:
+    def side_of_pieces(self, elements: int, pieces: Callable[[], Iterable[Values]]) -> bytes | None:
+        """Return threshold and step of the whole; None where rows have their own."""
+        if self.per_row:
+            return None
+        largest = largest_magnitude(pieces())
+        threshold = largest if self.zeros is None else ordered_magnitude(pieces, self._rank(elements))
+        return pack_scales(self._edges(np.array([largest]), np.array([threshold])))
+
+    def quantise(self, values: Values, shared: bytes) -> Quantised:
         """Return symbols in the values' shape, and threshold and step; see `Quantiser.quantise`."""
+        return self.quantise_piece(values, shared, pack_scales(self._bins(np.abs(rows(values, self.per_row)))))
+
+    def quantise_piece(self, values: Values, shared: bytes, side: bytes) -> Quantised:
+        """Return symbols in the values' shape, and threshold and step as they are; see `Quantiser.quantise_piece`."""
         table = rows(values, self.per_row)
         magnitudes = np.abs(table)
-        bins = self._bins(magnitudes)
+        bins = unpack_scales(side, 2 * len(table), values.dtype).reshape(-1, 2)
         threshold, step = bins[:, :1], bins[:, 1:]
         # Without a step all values that are kept equal the threshold: the first bin is theirs.
         numbers = np.floor((magnitudes - threshold) / np.where(step == 0, np.inf, step)) + 1
         symbols = np.where(magnitudes < threshold, 0, np.sign(table) * np.clip(numbers, 1, self.top))
-        return Quantised(symbols.astype(signed_dtype(self.bits)).reshape(values.shape), pack_scales(bins))
+        return Quantised(symbols.astype(signed_dtype(self.bits)).reshape(values.shape), side)
 
     def reconstruct(
         self, quantised: Quantised, shape: Shape, dtype: np.dtype[Any], shared: bytes
@@ -95,11 +108,18 @@ class DeadZone(Quantiser):
         """Return threshold and step of each row."""
         if not magnitudes.size:
             return np.zeros((len(magnitudes), 2), magnitudes.dtype)
-        largest = magnitudes.max(axis=1)
-        if self.zeros is None:
-            step = largest / (self.top + 0.5)
-            return np.stack([step / 2, step], axis=1).astype(magnitudes.dtype)
-        length = magnitudes.shape[1]
-        rank = min(int(self.zeros * length), length - 1)
-        threshold = np.partition(magnitudes, rank, axis=1)[:, rank]
-        return np.stack([threshold, (largest - threshold) / self.top], axis=1).astype(magnitudes.dtype)
+        largest = threshold = magnitudes.max(axis=1)
+        if self.zeros is not None:
+            rank = self._rank(magnitudes.shape[1])
+            threshold = np.partition(magnitudes, rank, axis=1)[:, rank]
+        return self._edges(largest, threshold)
+
+    def _rank(self, length: int) -> int:
+        """Return the place of the threshold among as many ordered magnitudes."""
+        assert self.zeros is not None
+        return min(int(self.zeros * length), length - 1)
+
+    def _edges(self, largest: Values, threshold: Values) -> Values:
+        """Return threshold and step of rows, given their largest magnitudes, and thresholds for a share of zeros."""
+        step = largest / (self.top + 0.5) if self.zeros is None else (largest - threshold) / self.top
+        return np.stack([step / 2 if self.zeros is None else threshold, step], axis=1).astype(largest.dtype)

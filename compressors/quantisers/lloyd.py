@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeAlias
 
@@ -13,13 +13,14 @@ from numpy.typing import NDArray
 from kcomplex.errors import SpecError, StreamError
 from kcomplex.estimators.arrays import require_forms
 from kcomplex.estimators.coder import Quantised, Quantiser
+from kcomplex.estimators.pieces import values_of_pieces
 from kcomplex.estimators.structure import Reader
 from kcomplex.estimators.symbols import Shape
 from kcomplex.machine.compiled import compiled
 from kcomplex.weights import TensorHandle
 
 from ..tables.codebook import pack_codebook, sorted_rows, unpack_codebook
-from .scales import bounded
+from .scales import Values, bounded
 
 Floats: TypeAlias = NDArray[np.float64]
 
@@ -84,13 +85,23 @@ class Lloyd(Quantiser):
         if not handles:
             return b""
         stride = _stride(sum(handle.elements for handle in handles))
-        samples = [handle.values().reshape(-1)[::stride] for handle in handles]
+        samples = [sample for handle in handles for sample in _samples(values_of_pieces(handle), stride)]
         values = np.concatenate([sample[np.isfinite(sample)] for sample in samples])
         return bytes([values.dtype.itemsize]) + pack_codebook(self._codebook(values))
 
-    def quantise(self, values: NDArray[np.floating[Any]], shared: bytes) -> Quantised:
+    def side_of_pieces(self, elements: int, pieces: Callable[[], Iterable[Values]]) -> bytes | None:
+        """Return the codebook of the whole; None where all tensors share one."""
+        if self.shared:
+            return None
+        return pack_codebook(self._codebook(np.concatenate(list(_samples(pieces(), _stride(elements))))))
+
+    def quantise(self, values: Values, shared: bytes) -> Quantised:
         """Return symbols in the values' shape, and the codebook where it isn't shared; see `Quantiser.quantise`."""
         side = b"" if self.shared else pack_codebook(self._codebook(values.reshape(-1)[:: _stride(values.size)]))
+        return self.quantise_piece(values, shared, side)
+
+    def quantise_piece(self, values: Values, shared: bytes, side: bytes) -> Quantised:
+        """Return symbols in the values' shape, and the codebook as it is; see `Quantiser.quantise_piece`."""
         levels = self._levels(side, values.dtype, shared)
         if not (levels.size and values.size):
             return Quantised(np.zeros(values.shape, _signed_dtype(levels.size)), side)
@@ -163,6 +174,14 @@ class Lloyd(Quantiser):
 
 def _stride(size: int) -> int:
     return max(1, size // _FITTED)
+
+
+def _samples(pieces: Iterable[Values], stride: int) -> Iterator[Values]:
+    """Yield what each piece of a flat tensor has of its values at every so many places."""
+    start = 0
+    for values in pieces:
+        yield values.reshape(-1)[-start % stride :: stride].copy()
+        start += values.size
 
 
 def _signed_dtype(levels: int) -> np.dtype[np.signedinteger[Any]]:

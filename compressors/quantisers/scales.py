@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,9 @@ from kcomplex.estimators.symbols import Shape
 
 Values = NDArray[np.floating[Any]]
 
+# Bits of a number that are counted at a time.
+_DIGIT = 16
+
 
 def rows(values: Values, per_row: bool) -> Values:
     """Return values with one row for each scale: the rows of the first axis, or all in one.
@@ -20,6 +24,32 @@ def rows(values: Values, per_row: bool) -> Values:
     """
     count = row_count(values.shape, per_row)
     return values.reshape(count, values.size // max(count, 1))
+
+
+def largest_magnitude(pieces: Iterable[Values]) -> Values:
+    """Return the largest magnitude in pieces of a tensor, in their dtype."""
+    largest: Values = np.max([np.abs(values).max(initial=0) for values in pieces])
+    return largest
+
+
+def ordered_magnitude(pieces: Callable[[], Iterable[Values]], rank: int) -> Values:
+    """Return the magnitude at a place among all of a tensor's in ascending order.
+
+    Its bits are found 16 at a time, the highest first: magnitudes are in the order of their bit patterns.
+    """
+    dtype = next(iter(pieces())).dtype
+    found = 0
+    for shift in range(8 * dtype.itemsize - _DIGIT, -1, -_DIGIT):
+        counts = np.zeros(1 << _DIGIT, np.int64)
+        for values in pieces():
+            digits = np.abs(values).reshape(-1).view(f"i{dtype.itemsize}") >> shift
+            counts += np.bincount(digits[digits >> _DIGIT == found] & ((1 << _DIGIT) - 1), minlength=1 << _DIGIT)
+        below = np.cumsum(counts)
+        digit = int(np.searchsorted(below, rank, side="right"))
+        rank -= int(below[digit] - counts[digit])
+        found = found << _DIGIT | digit
+    magnitude: Values = np.array([found]).astype(f"i{dtype.itemsize}").view(dtype)[0]
+    return magnitude
 
 
 def row_count(shape: Shape, per_row: bool) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -13,7 +14,7 @@ from kcomplex.estimators.arrays import require_forms
 from kcomplex.estimators.coder import Quantised, Quantiser
 from kcomplex.estimators.symbols import Shape
 
-from .scales import pack_scales, row_count, rows, scaled, unpack_scales
+from .scales import Values, largest_magnitude, pack_scales, row_count, rows, scaled, unpack_scales
 
 
 @dataclass(frozen=True)
@@ -41,15 +42,24 @@ class Sign(Quantiser):
     per_row: bool = False
     name: ClassVar[str] = "sign"
 
-    def quantise(self, values: NDArray[np.floating[Any]], shared: bytes) -> Quantised:
+    def side_of_pieces(self, elements: int, pieces: Callable[[], Iterable[Values]]) -> bytes | None:
+        """Return the scale of the whole; None where rows have their own."""
+        if self.per_row:
+            return None
+        largest = largest_magnitude(pieces())
+        sums = [_shares(rows(values, False), largest) for values in pieces()]
+        return pack_scales((np.sum(sums) / elements * largest).astype(largest.dtype))
+
+    def quantise(self, values: Values, shared: bytes) -> Quantised:
         """Return the signs in the values' shape, and the scales; see `Quantiser.quantise`."""
-        magnitudes = np.abs(rows(values, self.per_row))
-        largest = magnitudes.max(axis=1, initial=0, keepdims=True)
-        # As shares of the largest the magnitudes can't overflow when they are added up.
-        shares = magnitudes / np.where(largest == 0, 1, largest)
-        means = shares.sum(axis=1, dtype=np.float64, keepdims=True) / max(magnitudes.shape[1], 1)
-        scales = (means * largest).astype(values.dtype)
-        return Quantised(np.asarray(values > 0).astype(np.uint8), pack_scales(scales))
+        table = rows(values, self.per_row)
+        largest = np.abs(table).max(axis=1, initial=0, keepdims=True)
+        scales = _shares(table, largest) / max(table.shape[1], 1) * largest
+        return self.quantise_piece(values, shared, pack_scales(scales.astype(values.dtype)))
+
+    def quantise_piece(self, values: Values, shared: bytes, side: bytes) -> Quantised:
+        """Return the signs in the values' shape, and the scales as they are; see `Quantiser.quantise_piece`."""
+        return Quantised(np.asarray(values > 0).astype(np.uint8), side)
 
     def reconstruct(
         self, quantised: Quantised, shape: Shape, dtype: np.dtype[Any], shared: bytes
@@ -61,3 +71,10 @@ class Sign(Quantiser):
             raise StreamError(f"{quantised.symbols.max()} isn't a sign: the stream is corrupted")
         signs = rows(quantised.symbols.astype(dtype), self.per_row) * 2 - 1
         return scaled(signs, scales, shape)
+
+
+def _shares(table: Values, largest: Values) -> Values:
+    """Return the sum of each row's magnitudes as shares of the largest, which can't overflow."""
+    shares = np.abs(table) / np.where(largest == 0, 1, largest)
+    sums: Values = shares.sum(axis=1, dtype=np.float64, keepdims=True)
+    return sums

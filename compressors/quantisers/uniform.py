@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -13,7 +14,7 @@ from kcomplex.estimators.arrays import require_forms
 from kcomplex.estimators.coder import Quantised, Quantiser
 from kcomplex.estimators.symbols import Shape
 
-from .scales import pack_scales, row_count, rows, scaled, unpack_scales
+from .scales import Values, largest_magnitude, pack_scales, row_count, rows, scaled, unpack_scales
 
 
 @dataclass(frozen=True)
@@ -50,14 +51,23 @@ class Uniform(Quantiser):
         """The largest symbol."""
         return int(2 ** (self.bits - 1) - 1)
 
-    def quantise(self, values: NDArray[np.floating[Any]], shared: bytes) -> Quantised:
+    def side_of_pieces(self, elements: int, pieces: Callable[[], Iterable[Values]]) -> bytes | None:
+        """Return the scale of the whole; None where rows have their own."""
+        return None if self.per_row else pack_scales(largest_magnitude(pieces()) / self.top)
+
+    def quantise(self, values: Values, shared: bytes) -> Quantised:
         """Return symbols in the values' shape, and the scales; see `Quantiser.quantise`."""
+        scales = np.abs(rows(values, self.per_row)).max(axis=1, initial=0) / self.top
+        return self.quantise_piece(values, shared, pack_scales(scales))
+
+    def quantise_piece(self, values: Values, shared: bytes, side: bytes) -> Quantised:
+        """Return symbols in the values' shape, and the scales as they are; see `Quantiser.quantise_piece`."""
         table = rows(values, self.per_row)
-        scales = np.abs(table).max(axis=1, initial=0, keepdims=True) / self.top
+        scales = unpack_scales(side, len(table), values.dtype)
         # Where all is zero any step will do; this one spares the division by zero.
         steps = np.where(scales == 0, 1, scales)
         symbols = np.clip(np.rint(table / steps), -self.top, self.top).astype(signed_dtype(self.bits))
-        return Quantised(symbols.reshape(values.shape), pack_scales(scales))
+        return Quantised(symbols.reshape(values.shape), side)
 
     def reconstruct(
         self, quantised: Quantised, shape: Shape, dtype: np.dtype[Any], shared: bytes

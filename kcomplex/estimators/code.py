@@ -18,10 +18,10 @@ from kcomplex.estimators.description import STRUCTURE, Description, GivenMatch, 
 from kcomplex.estimators.differences import from_word_differences, word_differences
 from kcomplex.estimators.duplicates import Distinct, distinct_weights
 from kcomplex.estimators.estimator import Estimator, Progress, TensorLength, describe_lengths, sum_parts
-from kcomplex.estimators.pieces import handles_of, piece_limit
+from kcomplex.estimators.pieces import handles_of, piece_count, piece_limit
 from kcomplex.estimators.spec import full_spec_of, spec_of
 from kcomplex.estimators.structure import TensorEntry, encode_structure, entries_of, join_lengths, split_lengths
-from kcomplex.estimators.symbols import Shape, Symbols, piece_count, pieces, symbol_dtype, symbol_shape, symbols_of
+from kcomplex.estimators.symbols import Shape, Symbols, chunk_count, chunks, symbol_dtype, symbol_shape, symbols_of
 from kcomplex.machine.closing import Closing
 from kcomplex.machine.parallel import in_order
 from kcomplex.weights import TensorHandle, Weights, dtype_name, tensor_from_words, word_dtype
@@ -117,9 +117,8 @@ class Code(Estimator):
         """Whether a tensor's stream depends on the tensors before it, and is decoded after theirs."""
         return False
 
-    @property
-    def divisible(self) -> bool:
-        """Whether pieces of a long tensor are coded as tensors of their own."""
+    def divides(self, shared: bytes) -> bool:
+        """Return whether pieces of a long tensor are coded as tensors of their own."""
         return False
 
     @property
@@ -222,10 +221,10 @@ class Encoding(Closing):
     """
 
     def __init__(self, code: Code, weights: Weights, distinct: Distinct) -> None:
-        self.limit = piece_limit(code.divisible)
         self._code, self._weights, self._distinct = code, weights, distinct
         self._memory = code.begin(weights, distinct)
         self.shared, self.given = self._memory.shared, self._memory.given
+        self.limit = piece_limit(code.divides(self.shared))
         self._streams: dict[str, list[tuple[int, int]]] = {name: [] for name in distinct.weights}
 
     def pieces(self, take: Callable[[EncodedTensor], Taken], jobs: int = 1) -> Iterator[tuple[TensorHandle, Taken]]:
@@ -248,11 +247,7 @@ class Encoding(Closing):
 
     def _wanted(self) -> Iterator[tuple[Code, TensorHandle]]:
         for handle in self._distinct.weights.values():
-            code = self._code
-            for piece in handles_of(handle, self.limit):
-                if piece is not handle and code is self._code:
-                    code = self._code.for_pieces(handle)
-                yield code, piece
+            yield from divided(self._code, handle, self.limit)
 
     @property
     def spec(self) -> str:
@@ -275,6 +270,13 @@ class Encoding(Closing):
     def close(self) -> None:
         """Close what the code opened."""
         self._memory.close()
+
+
+def divided(code: Code, handle: TensorHandle, limit: int) -> Iterator[tuple[Code, TensorHandle]]:
+    """Yield each piece of a tensor, with the code that it is coded by."""
+    if piece_count(handle.shape, limit) > 1:
+        code = code.for_pieces(handle)
+    return ((code, piece) for piece in handles_of(handle, limit))
 
 
 class OtherEncoder(Code):
@@ -300,10 +302,9 @@ class OtherEncoder(Code):
         """Whether the decoder is."""
         return self.decoder.sequential
 
-    @property
-    def divisible(self) -> bool:
-        """Whether the decoder is."""
-        return self.decoder.divisible
+    def divides(self, shared: bytes) -> bool:
+        """Return whether the decoder does."""
+        return self.decoder.divides(shared)
 
     @property
     def takes_known(self) -> bool:
@@ -336,9 +337,8 @@ class SymbolCode(Code):
     has a use of its own for what is known.
     """
 
-    @property
-    def divisible(self) -> bool:
-        """True: every word comes back, whatever stands around it."""
+    def divides(self, shared: bytes) -> bool:
+        """Return True: every word comes back, whatever stands around it."""
         return True
 
     @property
@@ -446,7 +446,7 @@ def shortest(code: Code, encode: Callable[[Code], tuple[Result, Outcome]]) -> Re
 
 
 def encode_pieces(symbols: Symbols, encode: Callable[[Symbols, int], list[Part]]) -> list[Part]:
-    """Return the parts of symbols piece by piece; every piece but the last is preceded by its length.
+    """Return the parts of symbols chunk by chunk; every chunk but the last is preceded by its length.
 
     Parameters
     ----------
@@ -454,7 +454,7 @@ def encode_pieces(symbols: Symbols, encode: Callable[[Symbols, int], list[Part]]
         Returns the parts of a piece, given its position in the flat symbols.
     """
     flat = np.ascontiguousarray(symbols).reshape(-1)
-    coded = [encode(flat[start:stop].reshape(shape), start) for start, stop, shape in pieces(symbols.shape)]
+    coded = [encode(flat[start:stop].reshape(shape), start) for start, stop, shape in chunks(symbols.shape)]
     lengths = [size_of(parts) for parts in coded[:-1]]
     structure = [Part(STRUCTURE, join_lengths(lengths))] if lengths else []
     return [*structure, *(part for parts in coded for part in parts)]
@@ -470,11 +470,11 @@ def decode_pieces(
     decode
         Returns the symbols of a piece, given its stream, its shape and its position.
     """
-    count = piece_count(shape)
+    count = chunk_count(shape)
     if count == 1:
         return decode(data, shape, 0)
     streams = split_lengths(data, count)
     symbols = np.empty(math.prod(shape), dtype)
-    for piece, (start, stop, size) in zip(streams, pieces(shape), strict=True):
+    for piece, (start, stop, size) in zip(streams, chunks(shape), strict=True):
         symbols[start:stop] = decode(piece, size, start).reshape(-1)
     return symbols.reshape(shape)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -143,6 +143,24 @@ class Quantiser(ABC):
         """Return side information that all tensors share, learned from the tensors to be quantised; none by default."""
         return b""
 
+    def divides(self, shared: bytes) -> bool:
+        """Return whether long tensors may be quantised in pieces of whole rows; ``shared`` is what `fit` returned."""
+        return True
+
+    def side_of_pieces(self, elements: int, pieces: Callable[[], Iterable[NDArray[np.floating[Any]]]]) -> bytes | None:
+        """Return the side information of all pieces of a long tensor; None, the default, where each has its own.
+
+        What it returns is what `quantise_piece` then gets.
+
+        Parameters
+        ----------
+        elements
+            Of the whole tensor.
+        pieces
+            Yields the values of each piece, finite, whenever it is called.
+        """
+        return None
+
     @abstractmethod
     def quantise(self, values: NDArray[np.floating[Any]], shared: bytes) -> Quantised:
         """Return integers and side information of float32 or float64 values, finite unless `lossless`.
@@ -152,6 +170,10 @@ class Quantiser(ABC):
         WeightsError
             The values can't be quantised.
         """
+
+    def quantise_piece(self, values: NDArray[np.floating[Any]], shared: bytes, side: bytes) -> Quantised:
+        """Return integers of a piece of a long tensor, and the side information that all its pieces have."""
+        return self.quantise(values, shared)
 
     @abstractmethod
     def reconstruct(

@@ -6,10 +6,11 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from kcomplex.weights import TensorHandle, words_of
 
@@ -69,13 +70,17 @@ def handles_of(handle: TensorHandle, limit: int) -> Iterator[TensorHandle]:
 
 def _part(handle: TensorHandle, whole: torch.Tensor | None, piece: Piece) -> torch.Tensor:
     if whole is None:
-        assert handle.load_range is not None
-        return handle.load_range(piece.start, piece.stop).reshape(piece.shape)
+        return handle.read_range(piece.start, piece.stop).reshape(piece.shape)
     if piece.shape[1:] != handle.shape[1:]:
         return whole.reshape(-1)[piece.start : piece.stop]
     # Of a tensor that isn't contiguous, rows are a view, where flat entries are a copy of the whole.
     row = math.prod(handle.shape[1:])
     return whole[piece.start // row : piece.stop // row]
+
+
+def values_of_pieces(handle: TensorHandle) -> Iterator[NDArray[np.floating[Any]]]:
+    """Yield the values of each piece of a tensor; see `TensorHandle.values`."""
+    return (piece.values() for piece in handles_of(handle, PIECE_WEIGHTS))
 
 
 def joined(parts: Iterable[tuple[Piece, torch.Tensor]], dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:

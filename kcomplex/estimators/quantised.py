@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar
@@ -12,12 +13,13 @@ from numpy.typing import NDArray
 
 from kcomplex.errors import StreamError, WeightsError
 from kcomplex.estimators.arrays import FORMS, read_arrays, tell_arrays
-from kcomplex.estimators.code import Code, EncodedTensor, Memory, SymbolCode
+from kcomplex.estimators.code import Code, EncodedTensor, Memory, SymbolCode, divided
 from kcomplex.estimators.coder import Part, Quantised, Quantiser
 from kcomplex.estimators.description import STRUCTURE, Kind
 from kcomplex.estimators.duplicates import distinct_weights
 from kcomplex.estimators.estimator import TensorLength
 from kcomplex.estimators.length import CodeLength
+from kcomplex.estimators.pieces import handles_of, joined, piece_limit, pieces_of
 from kcomplex.estimators.structure import Reader, TensorEntry, varint
 from kcomplex.estimators.symbols import Shape, Symbols
 from kcomplex.estimators.transformed import TwoStages
@@ -32,10 +34,16 @@ class QuantisedCode(TwoStages, Code):
     """A code behind a quantiser: a decodable code for the quantised weights.
 
     Tensors that hold integers, booleans or complex numbers are coded losslessly by the code alone.
+
+    Attributes
+    ----------
+    side
+        The side information of all pieces of a long tensor, where they have it in common.
     """
 
     quantiser: Quantiser
     code: SymbolCode
+    side: bytes | None = None
     name: ClassVar[str] = "quantised"
 
     @property
@@ -47,6 +55,21 @@ class QuantisedCode(TwoStages, Code):
     def takes_known(self) -> bool:
         """Whether the code behind the quantiser predicts integers from numbers that are known."""
         return self.code.predicts
+
+    def divides(self, shared: bytes) -> bool:
+        """Return whether the quantiser does."""
+        return self.quantiser.divides(shared)
+
+    def for_pieces(self, handle: TensorHandle) -> QuantisedCode:
+        """Return the code with the side information that the pieces of a long tensor have in common."""
+        if not is_quantisable(handle.dtype) or self.quantiser.lossless:
+            return self
+
+        def pieces() -> Iterator[NDArray[np.floating[Any]]]:
+            found = handles_of(handle, piece_limit(True))
+            return (finite_values(piece.read(), self.quantiser, handle) for piece in found)
+
+        return replace(self, side=self.quantiser.side_of_pieces(handle.elements, pieces))
 
     def prepare(self, weights: Weights) -> bytes:
         """Return what the quantiser learns from all tensors that it will quantise."""
@@ -66,7 +89,7 @@ class QuantisedCode(TwoStages, Code):
         """
         if not is_quantisable(handle.dtype):
             return self.code.encode(handle, memory, known)
-        tensor = QuantisedTensor(self.quantiser, handle, memory.shared)
+        tensor = QuantisedTensor(self.quantiser, handle, memory.shared, self.side)
         if tensor.escapes:
             encoded = self.code.encode(handle, memory, known)
             return replace(encoded, parts=[Part(STRUCTURE, varint(0)), *encoded.parts])
@@ -143,9 +166,9 @@ def quantised_weights(estimator: QuantisedCode | QuantisedLength, weights: Weigh
 
     The files stay those of the weights that were given, which must stay open.
     """
-    quantiser, shared = estimator.quantiser, estimator.prepare(distinct_weights(weights).weights)
+    shared = estimator.prepare(distinct_weights(weights).weights)
     handles = [
-        replace(handle, load=partial(_quantised_tensor, quantiser, handle, shared))
+        replace(handle, load=partial(quantised_tensor, estimator, handle, shared), load_range=None)
         if is_quantisable(handle.dtype)
         else handle
         for handle in weights.values()
@@ -153,13 +176,24 @@ def quantised_weights(estimator: QuantisedCode | QuantisedLength, weights: Weigh
     return weights.with_tensors(handles, weights.skipped)
 
 
-def _quantised_tensor(quantiser: Quantiser, handle: TensorHandle, shared: bytes) -> torch.Tensor:
-    quantised = quantiser.quantise(handle.values(), shared)
-    return reconstruct(quantiser, quantised, handle.dtype, handle.shape, shared)
+def quantised_tensor(estimator: QuantisedCode | QuantisedLength, handle: TensorHandle, shared: bytes) -> torch.Tensor:
+    """Return the tensor that a quantiser's symbols stand for; ``shared`` is what the estimator prepared."""
+    if isinstance(estimator, QuantisedLength):
+        return QuantisedTensor(estimator.quantiser, handle, shared).decoded
+    limit = piece_limit(estimator.divides(shared))
+    parts = (piece.decoded for piece in quantised_pieces(estimator, handle, shared))
+    return joined(zip(pieces_of(handle.shape, limit), parts, strict=True), handle.dtype, handle.shape)
+
+
+def quantised_pieces(code: QuantisedCode, handle: TensorHandle, shared: bytes) -> Iterator[QuantisedTensor]:
+    """Yield what the quantiser makes of each piece of a tensor."""
+    for own, piece in divided(code, handle, piece_limit(code.divides(shared))):
+        assert isinstance(own, QuantisedCode)
+        yield QuantisedTensor(own.quantiser, piece, shared, own.side)
 
 
 class QuantisedTensor:
-    """A tensor's symbols, and how far what they stand for is from the tensor.
+    """A tensor's or a piece's symbols, and how far what they stand for is from it.
 
     Attributes
     ----------
@@ -180,10 +214,11 @@ class QuantisedTensor:
         The tensor holds NaN or infinity, and the quantiser isn't lossless.
     """
 
-    def __init__(self, quantiser: Quantiser, handle: TensorHandle, shared: bytes) -> None:
+    def __init__(self, quantiser: Quantiser, handle: TensorHandle, shared: bytes, side: bytes | None = None) -> None:
         tensor = handle.read()
         values = values_of(tensor) if quantiser.lossless else finite_values(tensor, quantiser, handle)
-        self.quantised = quantiser.quantise(values, shared)
+        quantise = quantiser.quantise if side is None else partial(quantiser.quantise_piece, side=side)
+        self.quantised = quantise(values, shared)
         self.decoded = reconstruct(quantiser, self.quantised, handle.dtype, handle.shape, shared)
         self.exact = bool(np.array_equal(words_of(tensor), words_of(self.decoded)))
         # Machines differ in what they make of a short NaN.

@@ -1,4 +1,4 @@
-"""Symbols: the integers that coders see of a tensor, and long tensors of them in pieces."""
+"""Symbols: the integers that coders see of a tensor, and chunks of them where a long tensor is coded whole."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from kcomplex.weights import word_dtype, words_an_element, words_of
 Symbols: TypeAlias = NDArray[np.integer[Any]]
 Shape: TypeAlias = tuple[int, ...]
 
-# A lossless code sees long tensors in pieces of this many symbols: memory is bounded by the pieces in flight.
+# What a code of integers sees at once of tensors that aren't coded in pieces: its tables and models stay bounded.
 PIECE_SYMBOLS = 1 << 24
 
 
@@ -37,14 +37,14 @@ def symbols_of(tensor: torch.Tensor) -> Symbols:
     return symbols.reshape(symbol_shape(tensor.dtype, tuple(tensor.shape)))
 
 
-def piece_count(shape: Shape) -> int:
-    """Return the number of pieces that symbols of a shape are coded in; at least one."""
+def chunk_count(shape: Shape) -> int:
+    """Return the number of chunks that symbols of a shape are coded in; at least one."""
     unit, units = _units(shape)
     return max(-(-math.prod(shape) // (unit * units)), 1) if math.prod(shape) > PIECE_SYMBOLS else 1
 
 
-def pieces(shape: Shape) -> Iterator[tuple[int, int, Shape]]:
-    """Yield begin, end and shape of each piece of flat symbols: whole rows where they fit."""
+def chunks(shape: Shape) -> Iterator[tuple[int, int, Shape]]:
+    """Yield begin, end and shape of each chunk of flat symbols: whole rows where they fit."""
     size = math.prod(shape)
     if size <= PIECE_SYMBOLS:
         yield 0, size, shape
@@ -57,6 +57,6 @@ def pieces(shape: Shape) -> Iterator[tuple[int, int, Shape]]:
 
 
 def _units(shape: Shape) -> tuple[int, int]:
-    """Return how many symbols are never cut, and how many times that a piece holds: rows where they fit."""
+    """Return how many symbols are never cut, and how many times that a chunk holds: rows where they fit."""
     row = math.prod(shape[1:])
     return (row, PIECE_SYMBOLS // row) if 0 < row <= PIECE_SYMBOLS else (1, PIECE_SYMBOLS)

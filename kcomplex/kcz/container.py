@@ -195,12 +195,12 @@ class Container(Closing):
         self.estimator, self.entries, self.notes = index.spec, index.entries, index.notes
         self._streams, self._limit = index.streams, index.limit
         self._code = build_decoder(index.spec, self._given)
-        most = piece_limit(self._code.divisible)
-        if most and any(item.piece.stop - item.piece.start > most for item in index.streams):
-            raise StreamError(f"a piece of more than {most} weights: the file is corrupted")
         claimed = claimed_bytes(self.entries, isinstance(self._code, GivenCode))
         require_claim(claimed, os.fstat(self._file.fileno()).st_size, limit)
         self._shared = self._section(*index.shared, "the shared side information")
+        most = piece_limit(self._code.divides(self._shared))
+        if most and any(item.piece.stop - item.piece.start > most for item in index.streams):
+            raise StreamError(f"a piece of more than {most} weights: the file is corrupted")
 
     def pieces(self, jobs: int = 1) -> Iterator[tuple[TensorEntry, Piece, torch.Tensor]]:
         """Yield every tensor piece by piece, no more of them in memory than are being decoded.

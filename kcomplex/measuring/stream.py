@@ -14,7 +14,7 @@ from kcomplex.estimators.description import Description, TensorDescription
 from kcomplex.estimators.duplicates import Distinct, distinct_weights, duplicate
 from kcomplex.estimators.estimator import Estimator
 from kcomplex.estimators.given import GivenSource
-from kcomplex.estimators.pieces import joined, piece_count, piece_limit, pieces_of
+from kcomplex.estimators.pieces import handles_of, joined, piece_count, piece_limit, pieces_of
 from kcomplex.estimators.pipeline import build_decoder, build_encoder
 from kcomplex.estimators.relative import GivenCode
 from kcomplex.estimators.structure import Reader, TensorEntry, claimed_bytes, decode_structure
@@ -113,7 +113,7 @@ def decode_checkpoint(
 
 
 def _decoded(code: Code, entry: TensorEntry, stream: bytes, memory: Memory) -> torch.Tensor:
-    limit = piece_limit(code.divisible)
+    limit = piece_limit(code.divides(memory.shared))
     if piece_count(entry.shape, limit) != len(entry.lengths):
         raise StreamError(f"it is said to be in {len(entry.lengths)} pieces")
     if len(entry.lengths) == 1:
@@ -158,12 +158,14 @@ def _prove(weights: Weights, description: Description, given: GivenSource | None
         )
     if decoded.keys() != names:
         raise VerificationError(f"{description.estimator}: other tensors come back than were encoded")
+    # Squared errors are summed piece by piece.
+    limits = {entry.names[0]: piece_limit(len(entry.lengths) > 1) for entry in decode_structure(data).tensors}
     for tensor in description.tensors:
-        if not _same(weights[tensor.name], decoded, tensor):
+        if not _same(weights[tensor.name], decoded, tensor, limits[tensor.name]):
             raise VerificationError(f"{description.estimator}: decoding changed the tensor {tensor.name!r}")
 
 
-def _same(handle: TensorHandle, decoded: Mapping[str, torch.Tensor], described: TensorDescription) -> bool:
+def _same(handle: TensorHandle, decoded: Mapping[str, torch.Tensor], described: TensorDescription, limit: int) -> bool:
     tensor = decoded[handle.name]
     if (tensor.dtype, tuple(tensor.shape)) != (handle.dtype, handle.shape):
         return False
@@ -173,4 +175,5 @@ def _same(handle: TensorHandle, decoded: Mapping[str, torch.Tensor], described: 
         # Sums in another order may differ in their last bits: what is the same has the same error.
         again = duplicate(decoded[described.same_as], handle.shape, described.transposed)
         return words_of(tensor).tobytes() == words_of(again).tobytes()
-    return squared_error(handle.read(), tensor) == described.squared_error
+    parts = zip(handles_of(handle, limit), handles_of(TensorHandle.of("", tensor), limit), strict=True)
+    return sum(squared_error(one.read(), other.read()) for one, other in parts) == described.squared_error

@@ -13,8 +13,16 @@ import numpy as np
 import torch
 
 from kcomplex.errors import WeightsError
+from kcomplex.estimators.code import divided
 from kcomplex.estimators.duplicates import distinct_weights, duplicate
-from kcomplex.estimators.quantised import QuantisedCode, QuantisedTensor, finite_values, is_quantisable
+from kcomplex.estimators.pieces import handles_of, piece_limit
+from kcomplex.estimators.quantised import (
+    QuantisedCode,
+    finite_values,
+    is_quantisable,
+    quantised_pieces,
+    quantised_tensor,
+)
 from kcomplex.kcz.container import encode
 from kcomplex.machine.parallel import in_order
 from kcomplex.quantising.step_search import FINE, LossSearch, Outcome, Steps, boundary, length_probe, mean_square_probe
@@ -60,14 +68,20 @@ class Trials:
         self.sizes = {handle.name: handle.elements for handle in self.handles}
         self.shared = code.prepare(own)
         self.count = 0
-        self.kept: dict[str, tuple[float, QuantisedTensor]] = {}
+        self.kept: dict[str, tuple[float, torch.Tensor]] = {}
         largest, scales = {}, {}
         for handle in self.handles:
-            magnitudes = np.abs(finite_values(handle.read(), code.quantiser, handle).astype(np.float64))
-            largest[handle.name] = float(magnitudes.max())
-            # As shares of the largest, so that nothing overflows.
-            shares = magnitudes / (largest[handle.name] or 1.0)
-            scales[handle.name] = largest[handle.name] * math.sqrt(float(np.square(shares).mean()))
+            most = norm = 0.0
+            for piece in handles_of(handle, piece_limit(True)):
+                values = finite_values(piece.read(), code.quantiser, handle).astype(np.float64)
+                top = float(np.abs(values).max())
+                # As shares of the largest, so that nothing overflows.
+                values /= top or 1.0
+                most, norm = (
+                    max(most, top),
+                    math.hypot(norm, top * math.sqrt(float(np.square(values, out=values).sum()))),
+                )
+            largest[handle.name], scales[handle.name] = most, norm / math.sqrt(handle.elements)
         top, total = max(scales.values()) or 1.0, sum(self.sizes.values())
         mean = top * math.sqrt(math.fsum((scales[name] / top) ** 2 * size / total for name, size in self.sizes.items()))
         self.equal = dict.fromkeys(self.sizes, mean or 1.0)
@@ -82,9 +96,13 @@ class Trials:
         """Return the largest equal steps whose mean squared error is within a limit."""
 
         def error(place: float) -> float:
-            quantised = self._quantised(self._equal(place))
-            total = sum(item.squared_error * (1 + self.copies[name]) for name, item in quantised.items())
-            return self._tell(total / self.weights.elements)
+            steps = self._equal(place)
+
+            def tensor_error(handle: TensorHandle) -> float:
+                pieces = quantised_pieces(with_step(self.code, steps[handle.name]), handle, self.shared)
+                return sum(piece.squared_error for piece in pieces) * (1 + self.copies[handle.name])
+
+            return self._tell(sum(in_order(tensor_error, self.handles, self.jobs)) / self.weights.elements)
 
         place = boundary(mean_square_probe(error, limit), _START, _FINEST, self.highest, FINE)
         if place is None:
@@ -137,15 +155,15 @@ class Trials:
             self.progress(self.count, number)
         return number
 
-    def _quantised(self, steps: Steps) -> dict[str, QuantisedTensor]:
+    def _quantised(self, steps: Steps) -> dict[str, torch.Tensor]:
         """Return the quantised tensors; those whose step hasn't changed since the last call aren't made anew."""
 
-        def quantise(handle: TensorHandle) -> tuple[float, QuantisedTensor]:
+        def quantise(handle: TensorHandle) -> tuple[float, torch.Tensor]:
             step = steps[handle.name]
             kept = self.kept.get(handle.name)
             if kept is not None and kept[0] == step:
                 return kept
-            return step, QuantisedTensor(with_step(self.code, step).quantiser, handle, self.shared)
+            return step, quantised_tensor(with_step(self.code, step), handle, self.shared)
 
         wanted = [handle for handle in self.handles if handle.name in steps]
         made = list(in_order(quantise, wanted, self.jobs))
@@ -162,7 +180,7 @@ class Trials:
             if made is None:
                 tensor = handle.read().detach().clone()
             else:
-                tensor = duplicate(made.decoded, handle.shape, original is not None and original.transposed)
+                tensor = duplicate(made, handle.shape, original is not None and original.transposed)
             tensors.update(dict.fromkeys((handle.name, *handle.aliases), tensor))
         return tensors
 
@@ -183,7 +201,8 @@ class Trials:
 
     def _tensor_bits(self, name: str, step: float) -> float:
         code = with_step(self.code, step)
-        return 8.0 * code.encode(self.weights[name], code.memory(self.shared)).size
+        memory, limit = code.memory(self.shared), piece_limit(code.divides(self.shared))
+        return 8.0 * sum(own.encode(piece, memory).size for own, piece in divided(code, self.weights[name], limit))
 
 
 def _number(loss: Any) -> float:

@@ -37,11 +37,17 @@ class SteppedCode(OtherEncoder):
         """The plain code."""
         return self.code
 
+    def for_pieces(self, handle: TensorHandle) -> Code:
+        """Return the plain code with the tensor's step, for its pieces."""
+        return self._code_of(handle).for_pieces(handle)
+
     def encode(self, handle: TensorHandle, memory: Memory, known: torch.Tensor | None = None) -> EncodedTensor:
         """Return the stream of a tensor quantised with its step."""
+        return self._code_of(handle).encode(handle, memory, known)
+
+    def _code_of(self, handle: TensorHandle) -> QuantisedCode:
         step = dict(self.steps).get(handle.name)
-        code = self.code if step is None else with_step(self.code, step)
-        return code.encode(handle, memory, known)
+        return self.code if step is None else with_step(self.code, step)
 
 
 def with_step(code: QuantisedCode, step: float) -> QuantisedCode:
