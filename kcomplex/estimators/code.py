@@ -191,13 +191,13 @@ class Code(Estimator):
     def _described(
         self, weights: Weights, distinct: Distinct, jobs: int, progress: Progress | None
     ) -> tuple[Description, Outcome]:
-        pieces: dict[str, list[TensorLength]] = {}
+        lengths: dict[str, TensorLength] = {}
         with Encoding(self, weights, distinct) as encoding:
             for handle, length in encoding.pieces(_counted, jobs):
-                pieces.setdefault(handle.name, []).append(length)
+                before = lengths.get(handle.name)
+                lengths[handle.name] = length if before is None else before + length
                 if progress is not None:
                     progress(handle)
-        lengths = {name: TensorLength.of(found) for name, found in pieces.items()}
         parts = {STRUCTURE: 8.0 * len(encoding.structure()), "tables": 8.0 * len(encoding.shared)}
         description = describe_lengths(self, weights, distinct.originals, lengths, parts)
         description = replace(description, given=encoding.given)

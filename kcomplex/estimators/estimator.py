@@ -68,14 +68,10 @@ class TensorLength:
     squared_error: float = 0.0
     exact: bool = True
 
-    @classmethod
-    def of(cls, pieces: Sequence[TensorLength]) -> TensorLength:
-        """Return the length of a tensor in pieces."""
-        return cls(
-            sum_parts(item for piece in pieces for item in piece.parts.items()),
-            sum(piece.squared_error for piece in pieces),
-            all(piece.exact for piece in pieces),
-        )
+    def __add__(self, other: TensorLength) -> TensorLength:
+        """Return the length of both, pieces of one tensor."""
+        parts = sum_parts([*self.parts.items(), *other.parts.items()])
+        return TensorLength(parts, self.squared_error + other.squared_error, self.exact and other.exact)
 
     @property
     def bits(self) -> float:

@@ -83,11 +83,12 @@ def test_describing_needs_memory_for_pieces_whatever_the_size_of_a_tensor(
     spec: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("kcomplex.estimators.pieces.PIECE_WEIGHTS", 1 << 14)
+    monkeypatch.setattr("kcomplex.measuring.measure._SEGMENT", 1 << 14)
     monkeypatch.setattr("kcomplex.compressors.quantisers.lloyd._FITTED", 1 << 14)
     monkeypatch.setattr("kcomplex.compressors.mosaic.repeated_blocks._SAMPLED_WORDS", 1 << 14)
     peaks = []
     # The first one imports what it needs.
-    for rows in (16, 64, 512):
+    for rows in (64, 128, 512):
         tracemalloc.start()
         try:
             kc.describe(Endless(rows).weights(), spec)
@@ -103,7 +104,7 @@ def test_quantising_needs_memory_for_pieces_whatever_the_size_of_a_tensor(
 ) -> None:
     monkeypatch.setattr("kcomplex.estimators.pieces.PIECE_WEIGHTS", 1 << 14)
     peaks = []
-    for rows in (16, 64, 256):
+    for rows in (32, 128, 384):
         tracemalloc.start()
         try:
             kc.quantise(Endless(rows).weights(), tmp_path / "w.kcz", "grid:price=0|entropy", mse=0.01)
