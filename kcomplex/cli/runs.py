@@ -55,6 +55,7 @@ def runs(
         if not all_snapshots:
             frame = frame[frame["step"] == frame.groupby("run")["step"].transform("max")]
         hidden = ["value", "unit", "bits", "raw_bits", "wall_time", "seconds", "version", "lossless", "distortion"]
+        hidden += ["counted_tensors", "all_tensors", "selection", "given_tensors", "given_of"]
         write_frame(frame.drop(columns=hidden) if output is OutputFormat.TABLE else frame, output, title=path)
     if told:
         raise RunError(f"{path}: not all of the runs are shown or measured: see above")

@@ -15,7 +15,7 @@ from kcomplex.tracking.columns import TAKEN
 from kcomplex.tracking.folder import check_folder
 from kcomplex.version import VERSION
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 # Longer than any transaction of another writer, even on a machine that is busy training.
 BUSY_SECONDS = 60.0
 # Of SQLite's machine, in which the schema of a run store takes less than a thousand.
@@ -42,6 +42,8 @@ CREATE TABLE descriptions (
     id INTEGER PRIMARY KEY, snapshot INTEGER NOT NULL REFERENCES snapshots, estimator TEXT NOT NULL,
     kind TEXT NOT NULL, unit TEXT NOT NULL, value REAL, weights INTEGER NOT NULL, raw_bits INTEGER NOT NULL,
     lossless INTEGER, distortion REAL, seconds REAL NOT NULL, version TEXT NOT NULL, parts TEXT NOT NULL,
+    counted_tensors INTEGER NOT NULL, all_tensors INTEGER NOT NULL, coverage REAL, nonfinite INTEGER NOT NULL,
+    selection TEXT NOT NULL, given_tensors INTEGER, given_of INTEGER,
     UNIQUE (snapshot, estimator)
 );
 CREATE TABLE tensors (
@@ -79,7 +81,9 @@ _CONTENT = {
     "descriptions": {
         "id": _WHOLE, "snapshot": _WHOLE, "estimator": _TEXT, "kind": _TEXT, "unit": _TEXT, "value": _NUMBER_OR_NULL,
         "weights": _COUNT, "raw_bits": _COUNT, "lossless": _FLAG_OR_NULL, "distortion": _NUMBER_OR_NULL,
-        "seconds": _NUMBER, "version": _TEXT, "parts": _TEXT,
+        "seconds": _NUMBER, "version": _TEXT, "parts": _TEXT, "counted_tensors": _COUNT, "all_tensors": _COUNT,
+        "coverage": _NUMBER_OR_NULL, "nonfinite": _COUNT, "selection": _TEXT, "given_tensors": _WHOLE_OR_NULL,
+        "given_of": _WHOLE_OR_NULL,
     },
     "tensors": {
         "description": _WHOLE, "tensor": _TEXT, "shape": _TEXT, "dtype": _TEXT, "weights": _COUNT, "raw_bits": _COUNT,
@@ -210,6 +214,10 @@ def _check_schema(connection: sqlite3.Connection, path: Path) -> None:
     [version] = connection.execute("PRAGMA user_version").fetchone()
     if version > SCHEMA_VERSION:
         raise RunError(f"{path}: the run store has version {version}; update kcomplex ({VERSION}) to read it")
+    if 0 < version < SCHEMA_VERSION:
+        raise RunError(
+            f"{path}: the run store has version {version}; the kcomplex that wrote it reads it, not this one"
+        )
     if version != SCHEMA_VERSION or connection.execute(_SCHEMA_QUERY).fetchall() != _own_schema():
         raise RunError(f"{path}: not a readable run store: its tables aren't those of a run")
 

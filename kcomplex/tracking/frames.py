@@ -24,10 +24,7 @@ _SNAPSHOTS = "SELECT id, step, epoch, wall_time, state, skipped FROM snapshots W
 _METRICS = (
     "SELECT snapshot, name, value FROM metrics JOIN snapshots ON snapshots.id = metrics.snapshot WHERE NOT superseded"
 )
-_DESCRIPTIONS = (
-    "SELECT id AS description, snapshot, estimator, kind, unit, value, weights, raw_bits, lossless, distortion, "
-    "seconds, version FROM descriptions ORDER BY snapshot, id"
-)
+_DESCRIPTIONS = "SELECT * FROM descriptions ORDER BY snapshot, id"
 _TENSORS = (
     "SELECT description, tensor, tensors.shape, tensors.dtype, tensors.weights, tensors.raw_bits, tensors.value, "
     "tensors.parts FROM tensors JOIN descriptions ON descriptions.id = description "
@@ -175,7 +172,9 @@ def _snapshot_frame(store: RunStore) -> pd.DataFrame:
 
 
 def _description_frame(store: RunStore) -> pd.DataFrame:
-    frame = _query(store, _DESCRIPTIONS).astype({"value": float, "distortion": float, "lossless": "boolean"})
+    numbers = dict.fromkeys(("value", "coverage", "distortion"), float)
+    frame = _query(store, _DESCRIPTIONS).rename(columns={"id": "description"}).drop(columns="parts")
+    frame = frame.astype({**numbers, "lossless": "boolean"})
     frame["bits"] = frame["value"].where(frame["unit"] == "bits")
     frame["bytes"] = frame["bits"] / 8
     frame["bits_per_weight"] = frame["bits"] / frame["weights"].where(frame["weights"] > 0)
@@ -216,7 +215,7 @@ def _tensor_frame(store: RunStore) -> pd.DataFrame:
             }
         )
     for description, skipped in headlines["skipped"].items():
-        for name, reason, shape, dtype in store.parsed(skipped, "skipped tensors", _are_skipped):
+        for name, reason, shape, dtype, *_ in store.parsed(skipped, "skipped tensors", _are_skipped):
             left_out = {"description": description, "tensor": name, "shape": _shape(shape), "dtype": dtype}
             rows.append({**left_out, "skipped": reason})
     columns = ["description", "tensor", "shape", "dtype", "weights", "raw_bits", "value", "bits_per_weight", "skipped"]
@@ -247,10 +246,12 @@ def _are_skipped(value: Any) -> bool:
 
 
 def _is_skipped(row: Any) -> bool:
-    if not isinstance(row, list) or len(row) != 4:
+    if not isinstance(row, list) or len(row) != 6:
         return False
-    name, reason, shape, dtype = row
-    return all(isinstance(text, str) for text in (name, reason, dtype)) and _is_shape(shape)
+    shape = row.pop(2)
+    texts = all(isinstance(text, str) for text in row)
+    row.insert(2, shape)
+    return texts and _is_shape(shape)
 
 
 def _configuration_frame(store: RunStore) -> pd.DataFrame:

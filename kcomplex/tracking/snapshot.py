@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
 
-from kcomplex.errors import FormatError
+from kcomplex.errors import FormatError, WeightsError
 from kcomplex.machine.files import replacing
 from kcomplex.sources.open import open_weights
 from kcomplex.weights import DTYPES, SkippedTensor, TensorHandle, Weights, dtype_name, tensor_from_words, words_of
@@ -53,18 +53,20 @@ class Selection:
 
 @dataclass(frozen=True)
 class CapturedTensor:
-    """A copy of one tensor on the CPU, contiguous, and the other names of what it was copied from."""
+    """A copy of one tensor on the CPU, contiguous; the other names and the role of what it was copied from."""
 
     tensor: torch.Tensor
     aliases: tuple[str, ...] = ()
+    role: str = "weight"
 
 
 @dataclass(frozen=True)
 class CapturedWeights:
-    """Copies of a model's effective weights by name, and what was left out."""
+    """Copies of a model's effective weights by name, what was left out, and by which choice of the caller's."""
 
     tensors: Mapping[str, CapturedTensor]
     skipped: tuple[SkippedTensor, ...] = ()
+    selection: str = ""
 
     @property
     def nbytes(self) -> int:
@@ -99,10 +101,12 @@ def capture_weights(
     with _undisturbed(model):
         weights = open_weights(model, selection.include, selection.exclude, trainable=selection.trainable)
         tensors = {
-            name: CapturedTensor(_copy(earlier[name] if name in earlier else handle.read()), handle.aliases)
+            name: CapturedTensor(
+                _copy(earlier[name] if name in earlier else handle.read()), handle.aliases, handle.role
+            )
             for name, handle in weights.items()
         }
-    return CapturedWeights(tensors, weights.skipped)
+    return CapturedWeights(tensors, weights.skipped, weights.selection)
 
 
 def not_finite(captured: CapturedWeights) -> list[str]:
@@ -159,7 +163,7 @@ def open_snapshot(path: Path) -> Weights:
     try:
         file = stack.enter_context(safe_open(path, framework="pt"))
         metadata = json.loads((file.metadata() or {})[_METADATA_KEY])
-        aliases, dtypes = metadata["aliases"], metadata["dtypes"]
+        aliases, dtypes, roles = metadata["aliases"], metadata["dtypes"], metadata["roles"]
         handles = []
         for name in file.keys():  # noqa: SIM118 (not a mapping)
             load = partial(file.get_tensor, name)
@@ -169,12 +173,15 @@ def open_snapshot(path: Path) -> Weights:
                 load = partial(_from_words, load, dtype, shape)
             else:
                 dtype = _DTYPES[file.get_slice(name).get_dtype()]
-            handles.append(TensorHandle(name, shape, dtype, load, tuple(aliases.get(name, ()))))
-        skipped = [SkippedTensor(item[0], item[1], _tuple(item[2]), item[3]) for item in metadata["skipped"]]
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            also = tuple(aliases.get(name, ()))
+            handles.append(TensorHandle(name, shape, dtype, load, aliases=also, role=roles.get(name, "weight")))
+        skipped = [
+            SkippedTensor(name, reason, _tuple(shape), *more) for name, reason, shape, *more in metadata["skipped"]
+        ]
+        return Weights(handles, skipped, str(path), stack, metadata["selection"])
+    except (OSError, SafetensorError, WeightsError, KeyError, TypeError, ValueError, AttributeError) as error:
         stack.close()
         raise FormatError(f"{path}: not a readable snapshot: {type(error).__name__}: {error}") from error
-    return Weights(handles, skipped, str(path), stack)
 
 
 _DTYPES = {stored: dtype for dtype, stored in _STORED_AS.items()}
@@ -182,6 +189,8 @@ _DTYPES = {stored: dtype for dtype, stored in _STORED_AS.items()}
 
 def _metadata(captured: CapturedWeights) -> dict[str, Any]:
     return {
+        "selection": captured.selection,
+        "roles": {name: item.role for name, item in captured.tensors.items() if item.role != "weight"},
         "aliases": {name: item.aliases for name, item in captured.tensors.items() if item.aliases},
         "dtypes": {
             name: {"dtype": dtype_name(item.tensor.dtype), "shape": tuple(item.tensor.shape)}
@@ -192,9 +201,9 @@ def _metadata(captured: CapturedWeights) -> dict[str, Any]:
     }
 
 
-def skipped_rows(skipped: Iterable[SkippedTensor]) -> list[tuple[str, str, tuple[int, ...] | None, str]]:
-    """Return name, reason, shape and dtype of skipped tensors, as the run store keeps them."""
-    return [(item.name, item.reason, item.shape, item.dtype) for item in skipped]
+def skipped_rows(skipped: Iterable[SkippedTensor]) -> list[tuple[Any, ...]]:
+    """Return name, reason, shape, dtype, role and other tensor of skipped tensors, as the run store keeps them."""
+    return [astuple(item) for item in skipped]
 
 
 def _layout(tensor: torch.Tensor) -> tuple[str, list[int]]:

@@ -329,11 +329,10 @@ class RunStore(Closing):
     def _add_description(self, snapshot: int, item: Description) -> None:
         headline = (item.estimator, item.kind, item.unit, item.value, item.weights, item.raw_bits, item.lossless)
         rest = (item.distortion, item.seconds, item.version, json.dumps(dict(item.parts)))
-        cursor = self._connection.execute(
-            "INSERT INTO descriptions (snapshot, estimator, kind, unit, value, weights, raw_bits, lossless, distortion,"
-            " seconds, version, parts) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-            (snapshot, *headline, *rest),
-        )
+        counted = (len(item.tensors), item.coverage.of_tensors, item.coverage.share)
+        given = (None, None) if item.given is None else (item.given.matched, item.given.tensors)
+        row = (snapshot, *headline, *rest, *counted, sum(item.nonfinite.values()), item.selection, *given)
+        cursor = self._connection.execute(f"INSERT INTO descriptions VALUES (NULL{', ?' * len(row)})", row)
         for tensor in item.tensors:
             shape, parts = json.dumps(tensor.shape), json.dumps(dict(tensor.parts))
             size = (tensor.weights, tensor.raw_bits, tensor.value)
