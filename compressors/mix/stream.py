@@ -130,6 +130,8 @@ class MixStream:
         form = reader.take(1)[0]
         if form == _ALONE:
             return self.decode(reader.rest(), dtype, shape)
+        if not _are_comparable(dtype, known):
+            raise StreamError(f"mix: {dtype} has no differences from {known.dtype}")
         if form == _AS_PALETTE and dtype in FORMATS:
             side = reader.take(reader.varint())
             palette = _SortedPalette.of(_table(side, shape, word))
@@ -163,7 +165,7 @@ class MixStream:
         form = reader.take(1)[0]
         if form == _ALONE:
             return self.decode_symbols(reader.rest(), shape, dtype)
-        if form != _AS_NUMBERS:
+        if form != _AS_NUMBERS or known.is_complex():
             raise StreamError(f"mix: integers given numbers can't begin with {form}")
         return self._decode_differences(None, GivenNumbers(values_of(known).reshape(-1)), reader.rest(), shape, dtype)
 
@@ -192,11 +194,9 @@ class MixStream:
     def _differences(self, tensor: torch.Tensor, known: torch.Tensor) -> list[Part] | None:
         """Return the parts of a tensor's differences from another; None where there are no such differences."""
         dtype, shape, words = tensor.dtype, tuple(tensor.shape), words_of(tensor)
-        if known.is_complex() != tensor.is_complex():
+        if not _are_comparable(dtype, known):
             return None
         if dtype not in FORMATS:
-            if not _is_integer(dtype) and known.dtype != dtype:
-                return None
             symbols = ordered_words(words, dtype).view(symbol_dtype(dtype)).reshape(symbol_shape(dtype, shape))
             return self._integer_differences(symbols, _given_numbers(dtype, known))
         if not have_places(words, FORMATS[dtype]):
@@ -226,6 +226,8 @@ class MixStream:
     def _decode_differences(
         self, layout: FloatFormat | None, given: GivenNumbers, data: bytes, shape: Shape, dtype: np.dtype[Any]
     ) -> Symbols:
+        if not math.prod(shape):
+            raise StreamError("mix: a tensor without weights has no differences")
         coder = DifferenceMix(layout, self.linear, self.memory.differences, given)
         return decode_pieces(data, shape, dtype, lambda piece, size, start: coder.decode(piece, size, dtype))
 
@@ -274,6 +276,12 @@ class _SortedPalette(NamedTuple):
 
 def _is_integer(dtype: torch.dtype) -> bool:
     return not (dtype.is_floating_point or dtype.is_complex or dtype is torch.bool)
+
+
+def _are_comparable(dtype: torch.dtype, known: torch.Tensor) -> bool:
+    """Return whether a tensor of a dtype may be told by its differences from another one."""
+    alike = dtype in FORMATS or _is_integer(dtype) or known.dtype == dtype
+    return alike and known.is_complex() == dtype.is_complex
 
 
 def _given_numbers(dtype: torch.dtype, known: torch.Tensor) -> GivenNumbers:

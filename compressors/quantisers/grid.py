@@ -99,7 +99,7 @@ class Grid(Quantiser):
         """Return the multiples that the symbols stand for, moved by their shifts; see `Quantiser.reconstruct`."""
         step, width, shifts = _unpacked(quantised.side, dtype)
         require_forms(self.name, [quantised.symbols], [(shape, _DTYPES[width])])
-        symbols = within(quantised.symbols, 2 * _MOST_LEVELS)
+        symbols = within(quantised.symbols, min(2 * _MOST_LEVELS, np.iinfo(_DTYPES[width]).max))
         multiples = multiples_of(symbols) if self.trellis else symbols
         moves = np.sign(symbols) * shifts[np.minimum(np.abs(symbols), 2)]
         with np.errstate(over="ignore"):

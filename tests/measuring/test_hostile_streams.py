@@ -10,7 +10,11 @@ import torch
 
 import kcomplex as kc
 from kcomplex.compressors.context.context import Context
+from kcomplex.compressors.mix.binary_coder import require_read
+from kcomplex.compressors.mix.matrix import RowDecoder
+from kcomplex.compressors.quantisers.grid import Grid
 from kcomplex.errors import KComplexError, RefusedStreamError, SpecError, StreamError
+from kcomplex.estimators.coder import Quantised
 from kcomplex.estimators.given import given_of
 from kcomplex.estimators.pipeline import build_decoder
 from kcomplex.estimators.structure import TensorEntry, encode_structure, varint
@@ -97,6 +101,59 @@ def test_a_middle_beyond_64_bits_is_refused(coder):
     beyond = stream[:1] + b"\x80" * 9 + b"\x7e" + stream[2:]
     with pytest.raises(StreamError, match="counted from"):
         code.decode_symbols(beyond, (50, 80), symbols.dtype, code.memory(b""))
+
+
+@pytest.mark.parametrize("spec", ["mix", "lin"])
+@pytest.mark.parametrize(
+    ("dtype", "shape", "known"),
+    [
+        (torch.complex64, (6, 4), torch.ones(6, 4)),
+        (torch.float32, (6, 4), torch.ones(6, 4, dtype=torch.complex64)),
+        (torch.float8_e8m0fnu, (6, 4), torch.ones(6, 4)),
+        (torch.bool, (6, 4), torch.ones(6, 4)),
+        (torch.float32, (0, 4), torch.ones(0, 4)),
+        (torch.int64, (3, 0), torch.ones(3, 0)),
+    ],
+)
+def test_differences_from_what_has_none_are_refused(spec, dtype, shape, known):
+    code = kc.build_estimator(spec)
+    ramp = torch.arange(24.0).reshape(6, 4)
+    data = code.encode(TensorHandle.of("w", ramp * 1.01), code.memory(b""), ramp).to_bytes()
+    assert data[0] == 1
+    with pytest.raises(StreamError):
+        code.decode(TensorEntry(("w",), dtype, shape), data, code.memory(b""), known)
+
+
+@pytest.mark.parametrize("spec", ["mix", "lin"])
+def test_integers_have_no_differences_from_complex_numbers(spec):
+    code = kc.build_estimator(f"uniform|{spec}")
+    ramp = torch.arange(24.0).reshape(6, 4)
+    data = code.encode(TensorHandle.of("w", ramp), code.memory(b""), ramp).to_bytes()
+    entry = TensorEntry(("w",), torch.float32, (6, 4))
+    assert code.decode(entry, data, code.memory(b""), ramp).shape == (6, 4)
+    with pytest.raises(StreamError, match="given numbers"):
+        code.decode(entry, data, code.memory(b""), ramp.to(torch.complex64))
+
+
+@pytest.mark.parametrize("width", [np.int8, np.int16])
+def test_the_lowest_code_of_a_grid_is_refused(width):
+    side = np.float32(0.5).tobytes() + bytes([np.dtype(width).itemsize // 2, 0, 0])
+    codes = np.array([np.iinfo(width).max, 1, 0], width)
+    grid = Grid(trellis=False)
+    assert grid.reconstruct(Quantised(codes, side), (3,), np.dtype(np.float32), b"").tolist()[1:] == [0.5, 0.0]
+    with pytest.raises(StreamError, match="beyond"):
+        grid.reconstruct(Quantised(-codes - width(1), side), (3,), np.dtype(np.float32), b"")
+
+
+@pytest.mark.parametrize("spec", ["mix", "lin"])
+def test_a_stream_that_is_used_up_is_not_read_on(spec, monkeypatch):
+    code = kc.build_estimator(spec)
+    data = code.encode(TensorHandle.of("w", weights()["a"]), code.memory(b"")).to_bytes()
+    calls = []
+    monkeypatch.setattr(RowDecoder, "advance", lambda self: calls.append(require_read(self.state, self.data)))
+    with pytest.raises(StreamError, match="where its bytes end"):
+        code.decode(TensorEntry(("w",), torch.int8, (1 << 13, 1 << 9)), data, code.memory(b""))
+    assert len(calls) <= 1
 
 
 def write_constant(path: Path, spec: str, elements: int) -> None:
