@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -24,8 +26,9 @@ _DTYPES = tuple(np.dtype(name) for name in ("u1", "u2", "u4", "u8", "i1", "i2", 
 # Added to a dtype's number: the shape is the former one; what follows is alike.
 _SAME_SHAPE, _ALL_ALIKE = 8, 16
 _MOST_ARRAYS = 64
-# A stage makes at most so many times the bytes, and some, of what it was given.
+# Stages in a row make at most so many times the bytes, and some, of what the first of them was given.
 _MOST_GROWTH, _SMALL = 8, 1 << 12
+_first: ContextVar[int | None] = ContextVar("first", default=None)
 _MOST_DIMENSIONS = 64
 
 
@@ -79,6 +82,12 @@ def read_arrays(number: int, reader: Reader, shape: Shape, dtype: np.dtype[Any])
     StreamError
         They are more than integers of that shape can have been made into, or none at all.
     """
+    forms = _read_forms(number, reader, shape, dtype)
+    _require_size(forms, shape, dtype)
+    return forms
+
+
+def _read_forms(number: int, reader: Reader, shape: Shape, dtype: np.dtype[Any]) -> list[Form]:
     if number == _BYTE_PLANES and dtype.itemsize == 1:
         return [(_possible((reader.varint(),), shape), _BYTE)]
     if number != _TOLD:
@@ -94,8 +103,18 @@ def read_arrays(number: int, reader: Reader, shape: Shape, dtype: np.dtype[Any])
         own = shape if mark & _SAME_SHAPE else _read_shape(reader, shape)
         form = own, _DTYPES[mark % len(_DTYPES)]
         forms += [form] * (count - len(forms) if mark & _ALL_ALIKE else 1)
-    _require_size(forms, shape, dtype)
     return forms
+
+
+@contextmanager
+def made_of(size: int) -> Iterator[None]:
+    """Let all stages of a block, or of the one around it, make no more than may be made of so many bytes together."""
+    token = _first.set(size) if _first.get() is None else None
+    try:
+        yield
+    finally:
+        if token is not None:
+            _first.reset(token)
 
 
 def require_forms(name: str, arrays: Sequence[Symbols], forms: Sequence[Form]) -> None:
@@ -139,6 +158,7 @@ def _possible(own: Shape, shape: Shape) -> Shape:
 def _require_size(forms: Sequence[Form], shape: Shape, dtype: np.dtype[Any]) -> None:
     """Refuse arrays that take much more memory than what they were made of."""
     size = sum(math.prod(own) * kind.itemsize for own, kind in forms)
-    before = math.prod(shape) * dtype.itemsize
+    first = _first.get()
+    before = math.prod(shape) * dtype.itemsize if first is None else first
     if size > _MOST_GROWTH * before + _SMALL:
         raise StreamError(f"arrays of {size} bytes made of {before} bytes: the stream is corrupted")

@@ -228,7 +228,7 @@ def _fits(there: TensorHandle, tensor: TensorHandle | TensorEntry) -> bool:
     """Return whether a given tensor is of use: it has the same shape, or a few more or fewer rows."""
     if there.shape == tensor.shape:
         return bool(there.elements) or there.dtype == tensor.dtype
-    if not there.elements or not tensor.shape or there.shape[1:] != tensor.shape[1:]:
+    if not (there.elements and there.shape and tensor.shape) or there.shape[1:] != tensor.shape[1:]:
         return False
     fewer, more = sorted((there.shape[0], tensor.shape[0]))
     return 2 * fewer >= more

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -12,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from kcomplex.errors import StreamError, WeightsError
-from kcomplex.estimators.arrays import FORMS, read_arrays, tell_arrays
+from kcomplex.estimators.arrays import FORMS, made_of, read_arrays, tell_arrays
 from kcomplex.estimators.code import Code, EncodedTensor, Memory, SymbolCode, divided
 from kcomplex.estimators.coder import Part, Quantised, Quantiser
 from kcomplex.estimators.description import STRUCTURE, Kind
@@ -95,12 +96,10 @@ class QuantisedCode(TwoStages, Code):
             return replace(encoded, parts=[Part(STRUCTURE, varint(0)), *encoded.parts])
         symbols, side = tensor.quantised.symbols, tensor.quantised.side
         form, told = tell_arrays([symbols], handle.shape, _USUAL_DTYPE)
-        parts = [
-            Part(STRUCTURE, varint(FORMS * (len(side) + self.quantiser.lossless) + form) + told),
-            Part("tables", side),
-            *self.code.encode_symbols(symbols, memory, _of_shape(known, symbols.shape)),
-        ]
-        return EncodedTensor(parts, tensor.squared_error, tensor.exact)
+        with made_of(handle.elements):
+            coded = self.code.encode_symbols(symbols, memory, _of_shape(known, symbols.shape))
+        announced = Part(STRUCTURE, varint(FORMS * (len(side) + self.quantiser.lossless) + form) + told)
+        return EncodedTensor([announced, Part("tables", side), *coded], tensor.squared_error, tensor.exact)
 
     def decode(
         self, entry: TensorEntry, data: bytes, memory: Memory, known: torch.Tensor | None = None
@@ -119,7 +118,8 @@ class QuantisedCode(TwoStages, Code):
         if others:
             raise StreamError(f"{self.quantiser.name}: {1 + len(others)} arrays of symbols where there can be one")
         side = reader.take(length - self.quantiser.lossless)
-        symbols = self.code.decode_symbols(reader.rest(), shape, dtype, memory, _of_shape(known, shape))
+        with made_of(math.prod(entry.shape)):
+            symbols = self.code.decode_symbols(reader.rest(), shape, dtype, memory, _of_shape(known, shape))
         return reconstruct(self.quantiser, Quantised(symbols, side), entry.dtype, entry.shape, memory.shared)
 
 

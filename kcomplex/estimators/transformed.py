@@ -9,7 +9,7 @@ from typing import Any, ClassVar, cast
 import numpy as np
 import torch
 
-from kcomplex.estimators.arrays import FORMS, read_arrays, tell_arrays
+from kcomplex.estimators.arrays import FORMS, made_of, read_arrays, tell_arrays
 from kcomplex.estimators.code import Memory, SymbolCode, decode_pieces, encode_pieces
 from kcomplex.estimators.coder import Part, Transform, size_of
 from kcomplex.estimators.description import STRUCTURE, Kind
@@ -61,7 +61,8 @@ class TransformedCode(TwoStages, SymbolCode):
 
         What the code calls payload has the name that the transform gives it.
         """
-        return encode_pieces(symbols, lambda piece, start: self._encoded(piece, memory))
+        with made_of(symbols.nbytes):
+            return encode_pieces(symbols, lambda piece, start: self._encoded(piece, memory))
 
     def _encoded(self, symbols: Symbols, memory: Memory) -> list[Part]:
         side, streams = self.transform.split(symbols)
@@ -83,7 +84,10 @@ class TransformedCode(TwoStages, SymbolCode):
         self, data: bytes, shape: Shape, dtype: np.dtype[Any], memory: Memory, known: torch.Tensor | None = None
     ) -> Symbols:
         """Return the symbols; see `SymbolCode.decode_symbols`."""
-        return decode_pieces(data, shape, dtype, lambda piece, size, start: self._decoded(piece, size, dtype, memory))
+        with made_of(math.prod(shape) * dtype.itemsize):
+            return decode_pieces(
+                data, shape, dtype, lambda piece, size, start: self._decoded(piece, size, dtype, memory)
+            )
 
     def _decoded(self, data: bytes, shape: Shape, dtype: np.dtype[Any], memory: Memory) -> Symbols:
         reader = Reader(data)

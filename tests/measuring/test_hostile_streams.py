@@ -1,6 +1,7 @@
 """What a stranger's file may not do: run code, crash a reader, or come back as other weights."""
 
 import json
+import tracemalloc
 import zlib
 from pathlib import Path
 
@@ -125,6 +126,13 @@ def test_differences_from_what_has_none_are_refused(spec, dtype, shape, known):
 
 
 @pytest.mark.parametrize("spec", ["mix", "lin"])
+def test_a_number_is_of_no_use_for_a_vector(spec):
+    weights, given = {"w": torch.arange(9.0), "x": torch.tensor(2.0)}, {"w": torch.tensor(3.0), "x": torch.arange(9.0)}
+    stream = kc.encode_checkpoint({**weights, "y": torch.ones(2)}, spec, given={**given, "y": torch.ones(2)})
+    assert torch.equal(kc.decode_checkpoint(stream, given={**given, "y": torch.ones(2)})["w"], weights["w"])
+
+
+@pytest.mark.parametrize("spec", ["mix", "lin"])
 def test_integers_have_no_differences_from_complex_numbers(spec):
     code = kc.build_estimator(f"uniform|{spec}")
     ramp = torch.arange(24.0).reshape(6, 4)
@@ -154,6 +162,27 @@ def test_a_stream_that_is_used_up_is_not_read_on(spec, monkeypatch):
     with pytest.raises(StreamError, match="where its bytes end"):
         code.decode(TensorEntry(("w",), torch.int8, (1 << 13, 1 << 9)), data, code.memory(b""))
     assert len(calls) <= 1
+
+
+@pytest.mark.parametrize("first", ["", "uniform:bits=8|"])
+def test_stages_in_a_row_make_no_more_than_one_may(first):
+    """Each stage says that it made eight times the bytes of what it was given."""
+    stages = 5
+    code = build_decoder(first + "planes|" * stages + "entropy")
+    data = b"\0\1"
+    for depth in range(stages, 0, -1):
+        # Told: one array, of 64-bit integers, and its length.
+        data = varint(3) + varint(1) + bytes([3]) + varint(1) + varint(10_000 * 8 ** (depth - 1)) + data
+    if first:
+        data = varint(4 * 4) + np.float32(1).tobytes() + data
+    entry = TensorEntry(("w",), torch.float32 if first else torch.uint8, (10_000,))
+    tracemalloc.start()
+    try:
+        with pytest.raises(StreamError, match="made of 10000 bytes"):
+            code.decode(entry, data, code.memory(b""))
+        assert tracemalloc.get_traced_memory()[1] < 1e6
+    finally:
+        tracemalloc.stop()
 
 
 def write_constant(path: Path, spec: str, elements: int) -> None:
