@@ -53,3 +53,12 @@ def resnet18() -> nn.Module:
         if isinstance(part, nn.Conv2d):
             nn.init.kaiming_normal_(part.weight, mode="fan_out", nonlinearity="relu")
     return model
+
+
+def ending() -> nn.Module:
+    """End the program."""
+    raise SystemExit(3)
+
+
+def nothing() -> None:
+    """Return no network."""
