@@ -9,7 +9,7 @@ import dataclasses
 import difflib
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from kcomplex.errors import SpecError
@@ -134,3 +134,28 @@ def _value(text: str, hint: Any, where: str) -> Any:
             return tuple(_value(item, typing.get_args(option)[0], where) for item in text.split("+") if item)
     names = ["None" if option is type(None) else getattr(option, "__name__", str(option)) for option in options]
     raise SpecError(f"{where} must be of type {' or '.join(names)}")
+
+
+def refuse_outside(configured: object, **ranges: str) -> None:
+    """Raise SpecError where an attribute isn't in its range, such as ``(0, 1]``; None is in every range."""
+    for attribute, interval in ranges.items():
+        value = getattr(configured, attribute)
+        if value is None:
+            continue
+        least, most = map(float, interval[1:-1].split(","))
+        excluded = (value == least and interval[0] == "(") or (value == most and interval[-1] == ")")
+        if excluded or not least <= value <= most:
+            raise SpecError(f"{_called(configured)}: {attribute} must be in {interval}, not {value}")
+
+
+def refuse_others(configured: object, **choices: Iterable[str]) -> None:
+    """Raise SpecError where an attribute is none of its choices."""
+    for attribute, known in choices.items():
+        value = getattr(configured, attribute)
+        if value not in known:
+            raise SpecError(f"{_called(configured)}: {attribute} must be one of {', '.join(known)}, not {value!r}")
+
+
+def _called(configured: object) -> str:
+    name: str = getattr(configured, "name", type(configured).__name__)
+    return name

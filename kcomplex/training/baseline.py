@@ -16,6 +16,5 @@ class Baseline(Mode):
 
     name: ClassVar[str] = "baseline"
 
-    def prepare(self, model: nn.Module) -> None:
-        """Attach to a model, which isn't changed."""
-        self.attach_to(model)
+    def attach(self, model: nn.Module) -> None:
+        """Keep nothing of a model, which isn't changed."""

@@ -53,7 +53,11 @@ class Mode(ABC):
         plain = mode.convert(model)
 
     Every method but `prepare` and `convert` may do nothing. What a mode keeps between calls (companions of the
-    weights, banks of motifs) is in `state_dict` and comes back with `load_state_dict`.
+    weights, banks of motifs) is in `state_dict` and comes back with `load_state_dict`. A mode whose parameters are out
+    of range is refused with a SpecError when it is made.
+
+    Where a mode has ``include`` and ``exclude``, they say which parameters it works on; see `chosen_parameters`. By
+    default those are the weights of linear, convolution, embedding and attention layers.
     """
 
     name: ClassVar[str]
@@ -69,15 +73,22 @@ class Mode(ABC):
             return dataclasses.replace(self, samples=samples)  # type: ignore[call-arg]
         return self
 
-    @abstractmethod
     def prepare(self, model: nn.Module) -> None:
-        """Attach the mode to a model, in place.
+        """Attach the mode to a model, in place; where that fails, another model can be tried.
 
         Raises
         ------
         SpecError
             The mode is already attached to a model, or the model has nothing that it could work on.
         """
+        if self.attached:
+            raise SpecError(f"the mode {self.name!r} is already attached to a model: make a new one for each model")
+        # The configuration is frozen; what a mode is attached to isn't part of it (nor of equality and repr).
+        self.__dict__.update(_state=self.attach(model), _model=model)
+
+    @abstractmethod
+    def attach(self, model: nn.Module) -> Any:
+        """Change a model as the mode needs it, and return what the mode keeps of it; for `prepare`."""
 
     def parameter_groups(self, lr: float, weight_decay: float = 0.0) -> ParameterGroups:
         """Return parameter groups for any optimiser, the mode's own parameters included.
@@ -139,43 +150,44 @@ class Mode(ABC):
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what `state_dict` returned, after `prepare`."""
+        """Take back what `state_dict` returned, after `prepare`.
+
+        Raises
+        ------
+        KComplexError
+            The state belongs to another model, or to another configuration.
+        """
 
     def report(self) -> dict[str, float]:
         """Return numbers worth logging beside the metrics (motifs used, share of zeros ...)."""
         return {}
 
     @property
-    def model(self) -> nn.Module:
-        """The model that `prepare` attached this mode to.
+    def attached(self) -> bool:
+        """Whether `prepare` was called."""
+        return "_model" in self.__dict__
 
-        Raises
-        ------
-        SpecError
-            `prepare` wasn't called yet.
-        """
-        model = self.__dict__.get("_model")
-        if model is None:
-            raise SpecError(f"the mode {self.name!r} isn't attached: call prepare(model) first")
-        assert isinstance(model, nn.Module)
+    @property
+    def model(self) -> nn.Module:
+        """The model that `prepare` attached this mode to; SpecError where it wasn't called yet."""
+        model: nn.Module = self._kept("_model")
         return model
 
-    def refuse_second_model(self) -> None:
-        """Raise SpecError where the mode already has a model; for `prepare`, before it changes anything."""
-        if "_model" in self.__dict__:
-            raise SpecError(f"the mode {self.name!r} is already attached to a model: make a new one for each model")
+    @property
+    def state(self) -> Any:
+        """What the mode keeps of its model; SpecError where `prepare` wasn't called yet."""
+        return self._kept("_state")
 
-    def attach_to(self, model: nn.Module) -> None:
-        """Remember the model; for `prepare`, after everything that may fail, so that another model can be tried.
+    def _kept(self, key: str) -> Any:
+        if not self.attached:
+            raise SpecError(f"the mode {self.name!r} isn't attached: call prepare(model) first")
+        return self.__dict__[key]
 
-        Raises
-        ------
-        SpecError
-            The mode already has a model.
-        """
-        self.refuse_second_model()
-        # The configuration is frozen; what a mode is attached to isn't part of it (nor of equality and repr).
-        object.__setattr__(self, "_model", model)
+
+def chosen_weights(model: nn.Module, include: Iterable[str], exclude: Iterable[str]) -> dict[str, nn.Parameter]:
+    """Return the parameters that a mode works on by full name; see `chosen_parameters`."""
+    chosen = chosen_parameters(model, WEIGHT_LAYERS, include, exclude)
+    return {full: module.get_parameter(name) for module, name, full in chosen}
 
 
 def chosen_parameters(

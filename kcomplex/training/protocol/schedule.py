@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from kcomplex.errors import SpecError
+from kcomplex.estimators.spec import refuse_outside
 
 # Half of a window needs some losses for its noise to be told from its trend.
 _SHORTEST_WINDOW = 6
@@ -66,18 +67,13 @@ class Schedule:
     fine_tune_lr_share: float = 1.0
 
     def __post_init__(self) -> None:
-        leasts = {"epochs": 1, "fine_tune_epochs": 0, "window": 0, "min_epochs": 0, "check_every": 1}
-        for name, least in {**leasts, "warm_up_epochs": 0}.items():
-            if getattr(self, name) < least:
-                raise SpecError(f"{name} must be {least} or more, not {getattr(self, name)}")
+        counts = ("fine_tune_epochs", "window", "min_epochs", "warm_up_epochs")
+        refuse_outside(self, epochs="[1, inf)", check_every="[1, inf)", **dict.fromkeys(counts, "[0, inf)"))
+        refuse_outside(self, lr_floor="[0, 1]", fine_tune_lr_share="(0, inf)")
         if 0 < self.window < _SHORTEST_WINDOW:
             raise SpecError(f"window must be 0 or at least {_SHORTEST_WINDOW}, not {self.window}")
         if self.warm_up_epochs >= self.epochs:
             raise SpecError(f"warm_up_epochs must be less than epochs ({self.epochs}), not {self.warm_up_epochs}")
-        if not 0 <= self.lr_floor <= 1:
-            raise SpecError(f"lr_floor must be in [0, 1], not {self.lr_floor}")
-        if not 0 < self.fine_tune_lr_share < math.inf:
-            raise SpecError(f"fine_tune_lr_share must be positive and finite, not {self.fine_tune_lr_share}")
 
     def lr_factor(self, phase: Phase, epochs: float) -> float:
         """Return the share of the learning rate that holds after so many epochs (not only whole ones) of a phase."""

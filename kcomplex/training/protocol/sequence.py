@@ -57,20 +57,18 @@ class Sequence(Mode):
             self, first=self.first.with_samples(samples), second=self.second.with_samples(samples)
         )
 
-    def prepare(self, model: nn.Module) -> None:
-        """Attach the first mode to a model."""
-        self.refuse_second_model()
+    def attach(self, model: nn.Module) -> set[int]:
+        """Attach the first mode to a model; return the parameters that the second one finds, none yet."""
         self.first.prepare(model)
-        self.attach_to(model)
+        return set()
 
     def parameter_groups(self, lr: float, weight_decay: float = 0.0) -> ParameterGroups:
         """Return the first mode's groups and, while fine-tuning, those with what the second mode adds."""
         groups = self.first.parameter_groups(lr, weight_decay)
-        if not self._second_attached:
+        if not self.second.attached:
             return groups
         # The second mode may have put parameters of its own into the model, where the first one takes them for weights.
-        before: set[int] = self.__dict__["_parameters_before"]
-        added = {id(parameter) for parameter in self.model.parameters()} - before
+        added = {id(parameter) for parameter in self.model.parameters()} - self.state
         groups = [_without(group, added) for group in groups]
         known = {id(parameter) for group in groups for parameter in group["params"]}
         return [*groups, *(_without(group, known) for group in self.second.parameter_groups(lr, weight_decay))]
@@ -78,16 +76,16 @@ class Sequence(Mode):
     def penalty(self) -> torch.Tensor:
         """Return the sum of the attached modes' penalties."""
         penalty = self.first.penalty()
-        return penalty + self.second.penalty() if self._second_attached else penalty
+        return penalty + self.second.penalty() if self.second.attached else penalty
 
     def after_step(self) -> None:
         """Let the attached modes do so, in order."""
-        for mode in self._attached:
+        for mode in self._active:
             mode.after_step()
 
     def after_epoch(self) -> None:
         """Let the attached modes do so, in order."""
-        for mode in self._attached:
+        for mode in self._active:
             mode.after_epoch()
 
     def settled(self) -> bool:
@@ -96,7 +94,7 @@ class Sequence(Mode):
 
     def steady(self) -> bool:
         """Return whether the attached modes are."""
-        return all(mode.steady() for mode in self._attached)
+        return all(mode.steady() for mode in self._active)
 
     def least_epochs(self) -> int:
         """Return those of the first mode, the only one there is while the penalty holds."""
@@ -109,40 +107,36 @@ class Sequence(Mode):
 
     def convert(self, model: nn.Module) -> nn.Module:
         """Return what the mode that came last makes of the model."""
-        return self._attached[-1].convert(model)
+        return self._active[-1].convert(model)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the states of both modes; the second one's is None while it isn't attached."""
         return {
             "first": self.first.state_dict(),
-            "second": self.second.state_dict() if self._second_attached else None,
+            "second": self.second.state_dict() if self.second.attached else None,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what `state_dict` returned, and attach the second mode if it was."""
         self.first.load_state_dict(state["first"])
         if state["second"] is not None:
-            if not self._second_attached:
+            if not self.second.attached:
                 self._attach_second()
             self.second.load_state_dict(state["second"])
-        elif self._second_attached:
+        elif self.second.attached:
             raise SpecError("the state is from before fine-tuning, which has begun here: prepare a new sequence for it")
 
     def report(self) -> dict[str, float]:
         """Return the numbers of the attached modes; the later one's where both have one of a name."""
-        return {key: value for mode in self._attached for key, value in mode.report().items()}
+        return {key: value for mode in self._active for key, value in mode.report().items()}
 
     def _attach_second(self) -> None:
-        object.__setattr__(self, "_parameters_before", {id(parameter) for parameter in self.model.parameters()})
+        self.state.update(id(parameter) for parameter in self.model.parameters())
         self.second.prepare(self.model)
 
     @property
-    def _second_attached(self) -> bool:
-        return "_model" in self.second.__dict__
-
-    @property
-    def _attached(self) -> list[Mode]:
-        return [self.first, self.second] if self._second_attached else [self.first]
+    def _active(self) -> list[Mode]:
+        return [self.first, self.second] if self.second.attached else [self.first]
 
 
 def _without(group: dict[str, Any], known: set[int]) -> dict[str, Any]:

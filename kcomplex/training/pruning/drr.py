@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import torch
 
-from kcomplex.errors import SpecError
+from kcomplex.estimators.spec import refuse_outside
 from kcomplex.training.pruning.pruning import Pruning
 
 
@@ -33,11 +33,6 @@ class DRR(Pruning):
         Weigh a layer by ``nu = total / (its weights * number of layers)``, so that every layer counts alike; otherwise
         nu is 1 everywhere. A layer is the module that the parameters are in.
 
-    Raises
-    ------
-    SpecError
-        A value is out of range.
-
     References
     ----------
     A. de Resende Oliveira, N. Batista, R. Seara: arXiv:2109.05075, 2021. L. S. Barth, P. von Petersenn: Efficient
@@ -51,9 +46,7 @@ class DRR(Pruning):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.refuse_negative("beta", "l2")
-        if not self.beta:
-            raise SpecError("drr: beta must be positive; with 0 nothing is priced")
+        refuse_outside(self, beta="(0, inf)", l2="[0, inf)")
 
     def regulariser(self) -> torch.Tensor:
         """Return the smooth count in nats a sample, and the squares."""

@@ -9,8 +9,9 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from kcomplex.errors import SpecError
+from kcomplex.estimators.spec import refuse_outside
 from kcomplex.training.pruning.pmmp import PMMP, bracket_of, saddle
+from kcomplex.training.pruning.pruning import PrunedState
 
 _PLAYED = ("theta", "w", "gamma", "u")
 
@@ -31,11 +32,6 @@ class FPP(PMMP):
     longest
         The means forget what is much longer ago than so many steps: the newest value has a share of at least
         ``1 / (longest + 1)``. None gives exact means.
-
-    Raises
-    ------
-    SpecError
-        A value is out of range.
     """
 
     longest: int | None = None
@@ -43,25 +39,23 @@ class FPP(PMMP):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.longest is not None and self.longest < 1:
-            raise SpecError(f"fpp: longest must be 1 or more, not {self.longest}")
+        refuse_outside(self, longest="[1, inf)")
 
-    def prepare(self, model: nn.Module) -> None:
-        """Attach to a model, which isn't changed; see `PMMP.prepare`."""
-        super().prepare(model)
-        means = {
+    def attach(self, model: nn.Module) -> PrunedState:
+        """Return what `PMMP.attach` does, with means that begin at the present values."""
+        state = super().attach(model)
+        state.means = {
             full: {
                 key: tensor.detach().to(companions["w"].dtype, copy=True)
-                for key, tensor in zip(_PLAYED, (self.pruned_state.weights[full], *companions.values()), strict=True)
+                for key, tensor in zip(_PLAYED, (state.weights[full], *companions.values()), strict=True)
             }
-            for full, companions in self.companions.items()
+            for full, companions in state.companions.items()
         }
-        object.__setattr__(self, "_means", means)
-        object.__setattr__(self, "_played", [1])
+        return state
 
     def regulariser(self) -> torch.Tensor:
         """Return ``alpha sum(gamma) + sum(mean u bracket)``; u's gradient is the bracket of the other means."""
-        means = self._attached_means()
+        means = self.pruned_state.means
         against = (
             (theta, w, gamma, mean["u"])
             for (theta, w, gamma, _), mean in zip(self.quadruples(), means.values(), strict=True)
@@ -77,34 +71,28 @@ class FPP(PMMP):
     def after_step(self) -> None:
         """Do as PMMP does, and take the new values into the means."""
         super().after_step()
-        if self.pruned_state.fine_tuning:
+        state = self.pruned_state
+        if state.fine_tuning:
             return
-        played = self.__dict__["_played"]
-        count = played[0] if self.longest is None else min(played[0], self.longest)
+        count = state.played if self.longest is None else min(state.played, self.longest)
         for mean, tensor in self._means_and_values():
             mean.lerp_(tensor.to(mean.dtype), 1 / (count + 1))
-        played[0] += 1
+        state.played += 1
 
     def state_dict(self) -> dict[str, Any]:
         """Return the means by parameter and the number of values in them, and what `PMMP.state_dict` does."""
-        means = {full: dict(parts) for full, parts in self._attached_means().items()}
-        return {"means": means, "played": self.__dict__["_played"][0], **super().state_dict()}
+        means = {full: dict(parts) for full, parts in self.pruned_state.means.items()}
+        return {"means": means, "played": self.pruned_state.played, **super().state_dict()}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what `state_dict` returned; see `PMMP.load_state_dict`."""
         super().load_state_dict(state)
-        for full, parts in self._attached_means().items():
+        for full, parts in self.pruned_state.means.items():
             for key, mean in parts.items():
                 mean.copy_(state["means"][full][key])
-        self.__dict__["_played"][0] = state["played"]
-
-    def _attached_means(self) -> dict[str, dict[str, torch.Tensor]]:
-        if "_means" not in self.__dict__:
-            raise SpecError("the mode 'fpp' isn't attached: call prepare(model) first")
-        means: dict[str, dict[str, torch.Tensor]] = self.__dict__["_means"]
-        return means
+        self.pruned_state.played = state["played"]
 
     def _means_and_values(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        for parts, values in zip(self._attached_means().values(), self.quadruples(), strict=True):
+        for parts, values in zip(self.pruned_state.means.values(), self.quadruples(), strict=True):
             yield from zip(parts.values(), values, strict=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from kcomplex.errors import SpecError
+from kcomplex.estimators.spec import refuse_outside
 from kcomplex.training.protocol.mode import Evaluate
 from kcomplex.training.pruning.masked import Masked
 
@@ -29,11 +29,6 @@ class GradualPruning(Masked):
     every
         Steps from one pruning to the next.
 
-    Raises
-    ------
-    SpecError
-        A value is out of range.
-
     References
     ----------
     M. Zhu, S. Gupta: To prune, or not to prune: exploring the efficacy of pruning for model compression.
@@ -49,15 +44,8 @@ class GradualPruning(Masked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.initial_zeros <= self.zeros < 1:
-            raise SpecError(
-                f"gradual_pruning: 0 <= initial_zeros <= zeros < 1, not {self.initial_zeros} and {self.zeros}"
-            )
-        if self.begin < 0 or self.span < 1 or self.every < 1:
-            raise SpecError(
-                f"gradual_pruning: begin must be 0 or more, span and every 1 or more, not {self.begin}, {self.span} "
-                f"and {self.every}"
-            )
+        refuse_outside(self, zeros="[0, 1)", initial_zeros=f"[0, {self.zeros}]", begin="[0, inf)")
+        refuse_outside(self, span="[1, inf)", every="[1, inf)")
 
     def zeros_at(self, step: int) -> float:
         """Return the share that is pruned after a step, as the schedule has it."""

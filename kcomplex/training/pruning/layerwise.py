@@ -11,10 +11,11 @@ from torch import nn
 from torch.nn.functional import pad, unfold
 
 from kcomplex.errors import SpecError
+from kcomplex.estimators.spec import refuse_others, refuse_outside
 from kcomplex.training.protocol.mode import Evaluate
 from kcomplex.training.protocol.parametrised import arithmetic_dtype
 from kcomplex.training.protocol.schedule import saturated
-from kcomplex.training.pruning.pruning import Pruning
+from kcomplex.training.pruning.pruning import PrunedState, Pruning
 
 Layer: TypeAlias = nn.Linear | nn.Conv2d
 Form: TypeAlias = Literal["projected", "sigmoid"]
@@ -51,11 +52,6 @@ class Layerwise(Pruning):
     steps
         Most steps of Adam a layer; fewer, where the objective is saturated or everything is decided.
 
-    Raises
-    ------
-    SpecError
-        A value is out of range.
-
     References
     ----------
     L. S. Barth, P. von Petersenn: Efficient compression of neural networks and datasets. arXiv:2505.17469, 2025.
@@ -70,28 +66,14 @@ class Layerwise(Pruning):
         super().__post_init__()
         if self.rising_epochs:
             raise SpecError("layerwise: there is no price while it trains that could rise; leave rising_epochs out")
-        if self.form not in _LR:
-            raise SpecError(f"layerwise: form must be one of {', '.join(_LR)}, not {self.form!r}")
-        if not 0 <= self.start <= 1:
-            raise SpecError(f"layerwise: start must be in [0, 1], not {self.start}")
-        if self.steps < 1:
-            raise SpecError(f"layerwise: steps must be 1 or more, not {self.steps}")
+        refuse_others(self, form=_LR)
+        refuse_outside(self, start="[0, 1]", steps="[1, inf)")
 
-    def prepare(self, model: nn.Module) -> None:
-        """Attach to a model, which isn't changed; see `Pruning.prepare`.
-
-        Raises
-        ------
-        SpecError
-            One of the chosen layers is neither `nn.Linear` nor an ungrouped `nn.Conv2d`, too.
-        """
-        super().prepare(model)
-        try:
-            object.__setattr__(self, "_layers", self._chosen_layers())
-        except SpecError:
-            # As if it hadn't been attached: another model can be tried.
-            del self.__dict__["_model"], self.__dict__["_pruned_state"]
-            raise
+    def attach(self, model: nn.Module) -> PrunedState:
+        """Return what `Pruning.attach` does; SpecError where a layer is neither linear nor an ungrouped convolution."""
+        state = super().attach(model)
+        _layers_of(model, state)
+        return state
 
     def regulariser(self) -> torch.Tensor:
         """Return zero: the first phase trains plainly."""
@@ -105,7 +87,7 @@ class Layerwise(Pruning):
         SpecError
             The evaluation doesn't call one of the layers, too.
         """
-        layers: dict[str, Layer] = self.__dict__["_layers"]
+        layers = _layers_of(self.model, self.pruned_state)
         grams = _grams(layers, evaluate)
         missing = sorted(set(layers) - set(grams))
         if missing:
@@ -137,21 +119,23 @@ class Layerwise(Pruning):
         if with_bias:
             layer.bias.copy_(pruned[:, -1])  # type: ignore[union-attr]
 
-    def _chosen_layers(self) -> dict[str, Layer]:
-        layers: dict[str, Layer] = {}
-        for full in self.pruned_state.weights:
-            name, _, parameter = full.rpartition(".")
-            layer = self.model.get_submodule(name)
-            if not isinstance(layer, (nn.Linear, nn.Conv2d)) or (isinstance(layer, nn.Conv2d) and layer.groups != 1):
-                raise SpecError(
-                    f"layerwise: {full!r} belongs to a {type(layer).__name__}, not to an nn.Linear or an ungrouped "
-                    "nn.Conv2d: exclude it"
-                )
-            if parameter == "weight":
-                layers[name] = layer
-            elif f"{name}.weight" not in self.pruned_state.weights:
-                raise SpecError(f"layerwise: {full!r} is chosen without the weight of its layer: exclude it")
-        return layers
+
+def _layers_of(model: nn.Module, state: PrunedState) -> dict[str, Layer]:
+    """Return the layers of the priced weights by name."""
+    layers: dict[str, Layer] = {}
+    for full in state.weights:
+        name, _, parameter = full.rpartition(".")
+        layer = model.get_submodule(name)
+        if not isinstance(layer, (nn.Linear, nn.Conv2d)) or (isinstance(layer, nn.Conv2d) and layer.groups != 1):
+            raise SpecError(
+                f"layerwise: {full!r} belongs to a {type(layer).__name__}, not to an nn.Linear or an ungrouped "
+                "nn.Conv2d: exclude it"
+            )
+        if parameter == "weight":
+            layers[name] = layer
+        elif f"{name}.weight" not in state.weights:
+            raise SpecError(f"layerwise: {full!r} is chosen without the weight of its layer: exclude it")
+    return layers
 
 
 def expected_objective(

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from kcomplex.errors import SpecError
+from kcomplex.estimators.spec import refuse_outside
 from kcomplex.training.pruning.masked import Masked
 
 
@@ -30,11 +31,6 @@ class LotteryTicket(Masked):
     rewind_step
         Where to rewind to: 0 is the initialisation; later steps of the first round work better for larger networks.
 
-    Raises
-    ------
-    SpecError
-        A value is out of range.
-
     Notes
     -----
     Everything in the model is rewound, biases and buffers too. The optimiser's moments aren't, which this mode doesn't
@@ -55,13 +51,7 @@ class LotteryTicket(Masked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.share < 1:
-            raise SpecError(f"lottery_ticket: share must be in (0, 1), not {self.share}")
-        if self.rounds < 0 or self.epochs < 1 or self.rewind_step < 0:
-            raise SpecError(
-                f"lottery_ticket: rounds and rewind_step must be 0 or more and epochs 1 or more, not {self.rounds}, "
-                f"{self.rewind_step} and {self.epochs}"
-            )
+        refuse_outside(self, share="(0, 1)", rounds="[0, inf)", epochs="[1, inf)", rewind_step="[0, inf)")
 
     def prepare(self, model: nn.Module) -> None:
         """Attach to a model, which isn't changed; remember it, where that is what to rewind to."""

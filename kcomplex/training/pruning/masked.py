@@ -9,8 +9,9 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from kcomplex.errors import SpecError, WeightsError
-from kcomplex.training.protocol.mode import WEIGHT_LAYERS, Mode, chosen_parameters
+from kcomplex.errors import WeightsError
+from kcomplex.estimators.spec import refuse_others
+from kcomplex.training.protocol.mode import Mode, chosen_weights
 from kcomplex.training.protocol.parametrised import share_of_zeros
 
 
@@ -34,8 +35,7 @@ class Masked(Mode):
     scope
         Prune the smallest weights of the whole network (``global``), or of every ``tensor`` the same share.
     include, exclude
-        Patterns on names of parameters or modules, or on types; see `protocol.mode.chosen_parameters`. By
-        default the weights of linear, convolution, embedding and attention layers.
+        See `Mode`.
     """
 
     scope: Literal["global", "tensor"] = "global"
@@ -43,17 +43,13 @@ class Masked(Mode):
     exclude: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.scope not in ("global", "tensor"):
-            raise SpecError(f"{self.name}: scope must be 'global' or 'tensor', not {self.scope!r}")
+        refuse_others(self, scope=("global", "tensor"))
 
-    def prepare(self, model: nn.Module) -> None:
-        """Attach to a model, which isn't changed."""
-        self.refuse_second_model()
-        chosen = chosen_parameters(model, WEIGHT_LAYERS, self.include, self.exclude)
-        weights = {full: module.get_parameter(name) for module, name, full in chosen}
+    def attach(self, model: nn.Module) -> MaskedState:
+        """Return weights and masks of a model, which isn't changed."""
+        weights = chosen_weights(model, self.include, self.exclude)
         masks = {full: torch.zeros_like(weight, dtype=torch.bool) for full, weight in weights.items()}
-        self.attach_to(model)
-        object.__setattr__(self, "_state", MaskedState(weights, masks))
+        return MaskedState(weights, masks)
 
     @torch.no_grad()
     def prune_to(self, share: float) -> None:
@@ -91,13 +87,7 @@ class Masked(Mode):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what `state_dict` returned.
-
-        Raises
-        ------
-        WeightsError
-            The state belongs to another model.
-        """
+        """Take back what `state_dict` returned; see `Mode.load_state_dict`."""
         mine = self.state
         given: Mapping[str, torch.Tensor] = state["masks"]
         if {name: mask.shape for name, mask in given.items()} != {n: mask.shape for n, mask in mine.masks.items()}:
@@ -113,7 +103,5 @@ class Masked(Mode):
     @property
     def state(self) -> MaskedState:
         """What the mode keeps of the model that it is attached to."""
-        if "_state" not in self.__dict__:
-            raise SpecError(f"the mode {self.name!r} isn't attached: call prepare(model) first")
-        state: MaskedState = self.__dict__["_state"]
+        state: MaskedState = super().state
         return state

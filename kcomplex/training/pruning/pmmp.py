@@ -11,11 +11,11 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from kcomplex.errors import SpecError
+from kcomplex.estimators.spec import refuse_outside
 from kcomplex.training.protocol.mode import ParameterGroups
 from kcomplex.training.protocol.parametrised import arithmetic_dtype, compiled_loops_serve
 from kcomplex.training.pruning import pmmp_kernels
-from kcomplex.training.pruning.pruning import Pruning
+from kcomplex.training.pruning.pruning import PrunedState, Pruning
 
 _COMPANIONS = ("w", "gamma", "u")
 # The regularised phase isn't over while more of the gammas than this are in the open part of [0, 1].
@@ -50,11 +50,6 @@ class PMMP(Pruning):
         Learning rates of gamma and u. Gamma has to travel from 1 to 0 while the training lasts: with an adaptive
         optimiser in some ``1 / gamma_lr`` steps, with SGD in ``1 / (gamma_lr * alpha)``.
 
-    Raises
-    ------
-    SpecError
-        A value is out of range.
-
     Notes
     -----
     The optimiser must know `maximize` for a parameter group, as those of `torch.optim` do: u is ascended. Put the model
@@ -73,19 +68,16 @@ class PMMP(Pruning):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.refuse_negative("u0", "gamma_lr", "u_lr")
-        if not 0 <= self.p0 <= 1:
-            raise SpecError(f"{self.name}: p0 must be in [0, 1], not {self.p0}")
+        refuse_outside(self, u0="[0, inf)", gamma_lr="[0, inf)", u_lr="[0, inf)", p0="[0, 1]")
 
-    def prepare(self, model: nn.Module) -> None:
-        """Attach to a model, which isn't changed, and give the chosen weights companions; see `Pruning.prepare`."""
-        super().prepare(model)
-        companions = {}
-        for full, weights in self.pruned_state.weights.items():
+    def attach(self, model: nn.Module) -> PrunedState:
+        """Return what `Pruning.attach` does, with companions of the chosen weights."""
+        state = super().attach(model)
+        for full, weights in state.weights.items():
             w = weights.detach().to(arithmetic_dtype(weights.dtype), copy=True)
             starts = (w, torch.full_like(w, self.p0), torch.full_like(w, self.u0))
-            companions[full] = {key: nn.Parameter(start) for key, start in zip(_COMPANIONS, starts, strict=True)}
-        object.__setattr__(self, "_companions", companions)
+            state.companions[full] = {key: nn.Parameter(start) for key, start in zip(_COMPANIONS, starts, strict=True)}
+        return state
 
     def parameter_groups(self, lr: float, weight_decay: float = 0.0) -> ParameterGroups:
         """Return four groups: the model's own parameters, w, gamma, and u, which is to be maximised."""
@@ -139,13 +131,7 @@ class PMMP(Pruning):
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what `state_dict` returned; an optimiser that holds the companions keeps them.
-
-        Raises
-        ------
-        WeightsError
-            The state belongs to another model.
-        """
+        """Take back what `state_dict` returned; an optimiser that holds the companions keeps them."""
         self.refuse_other_shapes({full: parts["w"].shape for full, parts in state["companions"].items()})
         super().load_state_dict(state)
         for full, companions in self.companions.items():
@@ -159,17 +145,8 @@ class PMMP(Pruning):
 
     @property
     def companions(self) -> dict[str, dict[str, nn.Parameter]]:
-        """The companions w, gamma and u by full name of the parameter; `prepare` made them.
-
-        Raises
-        ------
-        SpecError
-            `prepare` wasn't called yet.
-        """
-        if "_companions" not in self.__dict__:
-            raise SpecError(f"the mode {self.name!r} isn't attached: call prepare(model) first")
-        companions: dict[str, dict[str, nn.Parameter]] = self.__dict__["_companions"]
-        return companions
+        """The companions w, gamma and u by full name of the parameter; `prepare` made them."""
+        return self.pruned_state.companions
 
     def _gamma(self) -> torch.Tensor:
         return torch.cat([companions["gamma"].detach().flatten() for companions in self.companions.values()])

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from kcomplex.errors import SpecError, WeightsError
-from kcomplex.training.protocol.mode import WEIGHT_LAYERS, Evaluate, Mode, chosen_parameters
+from kcomplex.estimators.spec import refuse_outside
+from kcomplex.training.protocol.mode import Evaluate, Mode, chosen_weights
 from kcomplex.training.protocol.parametrised import arithmetic_dtype, share_of_zeros
 from kcomplex.training.pruning.tamade import prune_tolerably
 from kcomplex.training.shrinking.chain import links_of
@@ -47,11 +48,6 @@ class Pruning(Mode):
     include, exclude
         Shell-style globs on parameter names. By default the weights of linear, convolution, embedding
         and attention layers; ``include=*`` prices biases and norms too.
-
-    Raises
-    ------
-    SpecError
-        A value is out of range.
     """
 
     bits_per_parameter: float = 8.0
@@ -65,18 +61,8 @@ class Pruning(Mode):
     exclude: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        self.refuse_negative("bits_per_parameter", "alpha", "tolerance", "error_tolerance")
-        if self.samples is not None and self.samples < 1:
-            raise SpecError(f"{self.name}: samples must be 1 or more, not {self.samples}")
-        if self.rising_epochs < 0:
-            raise SpecError(f"{self.name}: rising_epochs must be 0 or more, not {self.rising_epochs}")
-
-    def refuse_negative(self, *fields: str) -> None:
-        """Raise SpecError where a field is negative, infinite or NaN; for ``__post_init__``."""
-        for name in fields:
-            value = getattr(self, name)
-            if value is not None and not 0 <= value < math.inf:
-                raise SpecError(f"{self.name}: {name} must be 0 or more, not {value}")
+        prices = ("bits_per_parameter", "alpha", "tolerance", "error_tolerance", "rising_epochs")
+        refuse_outside(self, samples="[1, inf)", **dict.fromkeys(prices, "[0, inf)"))
 
     @property
     def price(self) -> float:
@@ -96,22 +82,18 @@ class Pruning(Mode):
             )
         return self.bits_per_parameter * math.log(2) / self.samples
 
-    def prepare(self, model: nn.Module) -> None:
-        """Attach to a model, which isn't changed.
+    def attach(self, model: nn.Module) -> PrunedState:
+        """Return what is kept of a model, which isn't changed.
 
         Raises
         ------
         SpecError
-            There is no price, nothing to work on, the mode is already attached, or its cleaning needs a chain.
+            There is no price, nothing to work on, or the cleaning needs a chain.
         """
-        self.refuse_second_model()
         price = self.price
         if self.cleaning == "graph":
             links_of(model)
-        chosen = chosen_parameters(model, WEIGHT_LAYERS, self.include, self.exclude)
-        weights = {full: module.get_parameter(name) for module, name, full in chosen}
-        self.attach_to(model)
-        object.__setattr__(self, "_pruned_state", PrunedState(price, weights, self.rising_epochs))
+        return PrunedState(price, chosen_weights(model, self.include, self.exclude), self.rising_epochs)
 
     @abstractmethod
     def regulariser(self) -> torch.Tensor:
@@ -203,13 +185,7 @@ class Pruning(Mode):
         return {"epochs": state.epochs, "fine_tuning": state.fine_tuning, "pruned": dict(state.pruned)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what `state_dict` returned.
-
-        Raises
-        ------
-        WeightsError
-            The state belongs to another model.
-        """
+        """Take back what `state_dict` returned; see `Mode.load_state_dict`."""
         mine = self.pruned_state
         self.refuse_other_shapes({full: pruned.shape for full, pruned in state["pruned"].items()})
         mine.epochs, mine.fine_tuning = state["epochs"], state["fine_tuning"]
@@ -229,16 +205,8 @@ class Pruning(Mode):
 
     @property
     def pruned_state(self) -> PrunedState:
-        """What the mode keeps of the model that it is attached to.
-
-        Raises
-        ------
-        SpecError
-            `prepare` wasn't called yet.
-        """
-        if "_pruned_state" not in self.__dict__:
-            raise SpecError(f"the mode {self.name!r} isn't attached: call prepare(model) first")
-        state: PrunedState = self.__dict__["_pruned_state"]
+        """What the mode keeps of the model that it is attached to; SpecError before `prepare`."""
+        state: PrunedState = self.state
         return state
 
 
@@ -261,6 +229,10 @@ class PrunedState:
         Masks by full name, True where a weight is gone; empty before pruning.
     fine_tuning
         Whether the regularised phase is over.
+    companions
+        Of each parameter in PMMP: w, gamma and u.
+    means, played
+        What FPP answers to by parameter (theta, w, gamma and u), and how many values are in these means.
     """
 
     price: float
@@ -269,6 +241,9 @@ class PrunedState:
     epochs: int = 0
     pruned: dict[str, torch.Tensor] = field(default_factory=dict)
     fine_tuning: bool = False
+    companions: dict[str, dict[str, nn.Parameter]] = field(default_factory=dict)
+    means: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
+    played: int = 1
 
     @property
     def present_price(self) -> float:

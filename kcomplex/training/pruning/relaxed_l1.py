@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import torch
 
+from kcomplex.estimators.spec import refuse_outside
 from kcomplex.training.pruning.pruning import Pruning
 
 
@@ -24,11 +25,6 @@ class RelaxedL1(Pruning):
     l2
         Weight of the sum of squares, in nats a sample.
 
-    Raises
-    ------
-    SpecError
-        A value is out of range.
-
     References
     ----------
     N. Meinshausen: Relaxed lasso. Computational Statistics & Data Analysis 52, 2007. L. S. Barth, P. von Petersenn:
@@ -40,7 +36,7 @@ class RelaxedL1(Pruning):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.refuse_negative("l2")
+        refuse_outside(self, l2="[0, inf)")
 
     def regulariser(self) -> torch.Tensor:
         """Return alpha times the sum of magnitudes, in nats a sample, and the squares."""

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from kcomplex.errors import SpecError
+from kcomplex.estimators.spec import refuse_outside
 from kcomplex.training.protocol.mode import WEIGHT_LAYERS, Evaluate, Mode, ParameterGroups, latent
 from kcomplex.training.protocol.parametrised import effective, parametrise
 from kcomplex.training.quantising.controller import INTERVAL, Controller
@@ -63,18 +64,12 @@ class CoDeQ(Mode):
     quantile
         Of the magnitudes, the top level, in (0, 1]; not differentiated.
     include, exclude
-        Patterns on names of parameters or modules, or on types; see `protocol.mode.chosen_parameters`. By
-        default the weights of linear, convolution, embedding and attention layers.
+        See `Mode`.
     reference
         Exactly the published forms, for comparison: ``p = |tanh t|``, whose gradient is zero at t = 0; no gradient for
         weights that are exactly zero; a step widened by the absolute 1e-8; a = 0 where the quantile is 0. The default
         mends these: the quantile 0 is replaced by the maximum, the step is widened relative to a, weights that are
         zero have a gradient, and clipped weights don't move the levels.
-
-    Raises
-    ------
-    SpecError
-        A value is out of range.
 
     Notes
     -----
@@ -104,14 +99,8 @@ class CoDeQ(Mode):
     name: ClassVar[str] = "codeq"
 
     def __post_init__(self) -> None:
-        if not MIN_BITS <= self.bits <= _MAX_BITS:
-            raise SpecError(f"codeq: bits must be {MIN_BITS} to {_MAX_BITS}, not {self.bits}")
-        if not MIN_BITS < self.max_bits <= _MAX_BITS:
-            raise SpecError(f"codeq: max_bits must be {MIN_BITS + 1} to {_MAX_BITS}, not {self.max_bits}")
-        if not 0 < self.quantile <= 1:
-            raise SpecError(f"codeq: quantile must be in (0, 1], not {self.quantile}")
-        if self.target_zeros is not None and not 0 <= self.target_zeros < 1:
-            raise SpecError(f"codeq: target_zeros must be in [0, 1), not {self.target_zeros}")
+        refuse_outside(self, bits=f"[{MIN_BITS}, {_MAX_BITS}]", max_bits=f"[{MIN_BITS + 1}, {_MAX_BITS}]")
+        refuse_outside(self, quantile="(0, 1]", target_zeros="[0, 1)")
         if self.target_bits is not None and not (self.learnable_bits and MIN_BITS <= self.target_bits <= self.max_bits):
             raise SpecError(
                 f"codeq: target_bits={self.target_bits} needs learnable_bits=true, and to be {MIN_BITS} to max_bits="
@@ -120,9 +109,8 @@ class CoDeQ(Mode):
         if self.reference and (self.per_channel or self.target_zeros is not None or self.target_bits is not None):
             raise SpecError("codeq: reference=true is the published method, without targets and channels")
 
-    def prepare(self, model: nn.Module) -> None:
-        """Attach to a model: the chosen weights are read through the quantiser from now on."""
-        self.refuse_second_model()
+    def attach(self, model: nn.Module) -> _State:
+        """Return the quantisers that the chosen weights are read through from now on, and controllers of targets."""
         quantisers = parametrise(model, WEIGHT_LAYERS, self.include, self.exclude, self._quantiser)
         controllers = {}
         if self.target_zeros is not None:
@@ -132,12 +120,11 @@ class CoDeQ(Mode):
             # the largest one's.
             sizes = [quantised.numel() for _, quantised in effective(model, quantisers)]
             controllers["bits"] = Controller(-self.target_bits, self.bits_lr, max(sizes) / sum(sizes) / 2)
-        object.__setattr__(self, "_state", _State(quantisers, controllers))
-        self.attach_to(model)
+        return _State(quantisers, controllers)
 
     def parameter_groups(self, lr: float, weight_decay: float = 0.0) -> ParameterGroups:
         """Return three groups, or two at fixed precision: the model's own parameters, dead zones, bits."""
-        dead_zones, bits = self._attached().logits()
+        dead_zones, bits = self.state.logits()
         own = {id(logit) for logit in (*dead_zones, *bits)}
         base = [part for part in self.model.parameters() if part.requires_grad and id(part) not in own]
         # A controller takes the place of the decay.
@@ -155,7 +142,7 @@ class CoDeQ(Mode):
 
     def after_step(self) -> None:
         """Move the logits towards the targets, where there are some."""
-        state = self._attached()
+        state: _State = self.state
         if state.fixed or not state.controllers:
             return
         state.steps += 1
@@ -176,19 +163,13 @@ class CoDeQ(Mode):
 
     def state_dict(self) -> dict[str, Any]:
         """Return what the controllers remember, and whether the logits are fixed."""
-        state = self._attached()
+        state = self.state
         pressures = {name: controller.pressure for name, controller in state.controllers.items()}
         return {"steps": state.steps, "pressures": pressures, "fixed": state.fixed}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what `state_dict` returned.
-
-        Raises
-        ------
-        SpecError
-            The state belongs to other targets.
-        """
-        mine = self._attached()
+        """Take back what `state_dict` returned; see `Mode.load_state_dict`."""
+        mine = self.state
         if state["pressures"].keys() != mine.controllers.keys():
             raise SpecError(f"the state isn't one of {self.spec!r}: it has targets of {list(state['pressures'])}")
         mine.steps = state["steps"]
@@ -204,13 +185,8 @@ class CoDeQ(Mode):
         """Return the integer form of every quantised parameter by its full name; see `integers`."""
         return {full: quantiser.integers(weights.detach()) for full, quantiser, weights in self._tensors()}
 
-    def _attached(self) -> _State:
-        self.model  # noqa: B018 - says so where there is none
-        state: _State = self.__dict__["_state"]
-        return state
-
     def _tensors(self) -> Iterator[tuple[str, DeadZoneQuantiser, nn.Parameter]]:
-        for full, quantiser in self._attached().quantisers.items():
+        for full, quantiser in self.state.quantisers.items():
             path, _, name = full.rpartition(".")
             yield full, quantiser, latent(self.model.get_submodule(path), name)
 
@@ -229,7 +205,7 @@ class CoDeQ(Mode):
         return total / elements
 
     def _fix(self, *, fixed: bool) -> None:
-        state = self._attached()
+        state = self.state
         state.fixed = fixed
         for logits in state.logits():
             for logit in logits:

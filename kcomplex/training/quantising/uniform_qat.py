@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from kcomplex.errors import SpecError
+from kcomplex.estimators.spec import refuse_outside
 from kcomplex.training.protocol.mode import WEIGHT_LAYERS, Mode
 from kcomplex.training.protocol.parametrised import HoldingQuantiser, arithmetic_dtype, parametrise, share_of_zeros
 
@@ -27,13 +27,7 @@ class UniformQAT(Mode):
     per_channel
         One scale for each row of the first axis instead of one a tensor.
     include, exclude
-        Patterns on names of parameters or modules, or on types; see `protocol.mode.chosen_parameters`. By
-        default the weights of linear, convolution, embedding and attention layers.
-
-    Raises
-    ------
-    SpecError
-        The number of bits is out of range.
+        See `Mode`.
 
     References
     ----------
@@ -49,22 +43,23 @@ class UniformQAT(Mode):
     name: ClassVar[str] = "uniform_qat"
 
     def __post_init__(self) -> None:
-        if not 2 <= self.bits <= _FULL_PRECISION:
-            raise SpecError(f"uniform_qat: bits must be 2 to {_FULL_PRECISION}, not {self.bits}")
+        refuse_outside(self, bits=f"[2, {_FULL_PRECISION}]")
 
-    def prepare(self, model: nn.Module) -> None:
-        """Attach to a model: the chosen weights are read through the quantiser from now on."""
-        self.refuse_second_model()
-        quantisers = parametrise(model, WEIGHT_LAYERS, self.include, self.exclude, self._quantiser)
-        object.__setattr__(self, "_quantised", tuple(quantisers))
-        self.attach_to(model)
+    def attach(self, model: nn.Module) -> tuple[str, ...]:
+        """Return the names of the chosen weights, which are read through the quantiser from now on."""
+        return tuple(
+            parametrise(
+                model,
+                WEIGHT_LAYERS,
+                self.include,
+                self.exclude,
+                lambda _: UniformQuantiser(self.bits, self.per_channel),
+            )
+        )
 
     def report(self) -> dict[str, float]:
         """Return ``zeros``, the share of quantised weights that are zero."""
-        return {"zeros": share_of_zeros(self.model, self.__dict__["_quantised"])}
-
-    def _quantiser(self, _: nn.Parameter) -> UniformQuantiser:
-        return UniformQuantiser(self.bits, self.per_channel)
+        return {"zeros": share_of_zeros(self.model, self.state)}
 
 
 def quantise_uniformly(

@@ -9,8 +9,8 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from kcomplex.errors import SpecError
-from kcomplex.training.protocol.mode import WEIGHT_LAYERS, Mode, chosen_parameters
+from kcomplex.estimators.spec import refuse_outside
+from kcomplex.training.protocol.mode import WEIGHT_LAYERS, Mode, chosen_weights
 from kcomplex.training.protocol.parametrised import parametrise, share_of_zeros
 
 # A prime just below 2**31: products of two residues fit in 64 bits.
@@ -32,15 +32,9 @@ class HashedSharing(Mode):
     chunk
         Consecutive weights that stay together.
     include, exclude
-        Patterns on names of parameters or modules, or on types; see `protocol.mode.chosen_parameters`. By
-        default the weights of linear, convolution, embedding and attention layers.
+        See `Mode`.
     seed
         Of the bank and the hash.
-
-    Raises
-    ------
-    SpecError
-        A value is out of range.
 
     Notes
     -----
@@ -56,20 +50,15 @@ class HashedSharing(Mode):
     name: ClassVar[str] = "hashed_sharing"
 
     def __post_init__(self) -> None:
-        if not 0 < self.share <= 1:
-            raise SpecError(f"hashed_sharing: share must be above 0 and at most 1, not {self.share}")
-        if self.chunk < 1:
-            raise SpecError(f"hashed_sharing: chunk must be 1 or more, not {self.chunk}")
+        refuse_outside(self, share="(0, 1]", chunk="[1, inf)")
 
-    def prepare(self, model: nn.Module) -> None:
-        """Attach to a model: the chosen weights are read from the bank from now on."""
-        self.refuse_second_model()
-        chosen = chosen_parameters(model, WEIGHT_LAYERS, self.include, self.exclude)
-        sizes = [module.get_parameter(name).numel() for module, name, _ in chosen]
-        first = chosen[0][0].get_parameter(chosen[0][1])
-        entries = max(self.chunk, math.ceil(self.share * sum(sizes)))
+    def attach(self, model: nn.Module) -> tuple[tuple[str, ...], int, int]:
+        """Return the names of the chosen weights, which are read from a bank from now on, its size and their number."""
+        chosen = list(chosen_weights(model, self.include, self.exclude).values())
+        weights = sum(parameter.numel() for parameter in chosen)
+        entries = max(self.chunk, math.ceil(self.share * weights))
         generator = torch.Generator().manual_seed(self.seed)
-        bank = nn.Parameter(torch.randn(entries, generator=generator).to(first))
+        bank = nn.Parameter(torch.randn(entries, generator=generator).to(chosen[0]))
         start = 0
 
         def shared(parameter: nn.Parameter) -> nn.Module:
@@ -79,14 +68,12 @@ class HashedSharing(Mode):
             return made
 
         made = parametrise(model, WEIGHT_LAYERS, self.include, self.exclude, shared, reshaping=True)
-        self.attach_to(model)
-        object.__setattr__(self, "_names", tuple(made))
-        object.__setattr__(self, "_sizes", (entries, sum(sizes)))
+        return tuple(made), entries, weights
 
     def report(self) -> dict[str, float]:
         """Return ``parameters`` in the bank, their ``share`` of the weights, and the share of ``zeros``."""
-        zeros = share_of_zeros(self.model, self.__dict__["_names"])
-        entries, weights = self.__dict__["_sizes"]
+        names, entries, weights = self.state
+        zeros = share_of_zeros(self.model, names)
         return {"parameters": float(entries), "share": entries / weights, "zeros": zeros}
 
 

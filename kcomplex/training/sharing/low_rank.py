@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -11,7 +10,8 @@ import torch
 from torch import nn
 
 from kcomplex.errors import SpecError
-from kcomplex.training.protocol.mode import WEIGHT_LAYERS, Evaluate, Mode, chosen_parameters
+from kcomplex.estimators.spec import refuse_outside
+from kcomplex.training.protocol.mode import Evaluate, Mode, chosen_weights
 from kcomplex.training.protocol.parametrised import arithmetic_dtype, share_of_zeros
 
 Factors = tuple[torch.Tensor, torch.Tensor]
@@ -44,13 +44,7 @@ class LowRank(Mode):
     every
         Steps from one truncation to the next; the end of an epoch is one too.
     include, exclude
-        Patterns on names of parameters or modules, or on types; see `protocol.mode.chosen_parameters`. By
-        default the weights of linear, convolution, embedding and attention layers.
-
-    Raises
-    ------
-    SpecError
-        A value is out of range.
+        See `Mode`.
 
     Notes
     -----
@@ -70,27 +64,19 @@ class LowRank(Mode):
     name: ClassVar[str] = "low_rank"
 
     def __post_init__(self) -> None:
-        if not 0 <= self.nuclear < math.inf:
-            raise SpecError(f"low_rank: nuclear must be 0 or more, not {self.nuclear}")
-        if not 0 < self.energy <= 1:
-            raise SpecError(f"low_rank: energy must be in (0, 1], not {self.energy}")
-        if self.every < 1:
-            raise SpecError(f"low_rank: every must be 1 or more, not {self.every}")
+        refuse_outside(self, nuclear="[0, inf)", energy="(0, 1]", every="[1, inf)")
 
-    def prepare(self, model: nn.Module) -> None:
-        """Attach to a model, which isn't changed."""
-        self.refuse_second_model()
-        chosen = chosen_parameters(model, WEIGHT_LAYERS, self.include, self.exclude)
-        state = _State({full: module.get_parameter(name) for module, name, full in chosen})
+    def attach(self, model: nn.Module) -> _State:
+        """Return the chosen weights of a model, which isn't changed, and their subgradients."""
+        state = _State(chosen_weights(model, self.include, self.exclude))
         for full, weights in state.weights.items():
             u, _, v = _decomposed(weights)
             state.slopes[full] = u @ v
-        self.attach_to(model)
-        object.__setattr__(self, "_state", state)
+        return state
 
     def penalty(self) -> torch.Tensor:
         """Return ``nuclear * sum <W, U V^T>``, the norms' linearisation; zero while fine-tuning."""
-        state = self._attached()
+        state: _State = self.state
         if state.fixed or not self.nuclear:
             return super().penalty()
         terms = [
@@ -101,7 +87,7 @@ class LowRank(Mode):
 
     def after_step(self) -> None:
         """Truncate, where it is time."""
-        state = self._attached()
+        state: _State = self.state
         state.steps += 1
         if state.steps % self.every == 0:
             self._truncate()
@@ -113,13 +99,13 @@ class LowRank(Mode):
     def begin_fine_tuning(self, evaluate: Evaluate, error: Evaluate | None = None) -> None:
         """Truncate, and fix the ranks."""
         self._truncate()
-        self._attached().fixed = True
+        self.state.fixed = True
 
     def convert(self, model: nn.Module) -> nn.Module:
         """Return a plain copy whose weights are truncated."""
         plain = super().convert(model)
         with torch.no_grad():
-            for full in self._attached().weights:
+            for full in self.state.weights:
                 weights = plain.get_parameter(full)
                 left, right = self._factors(full, weights)
                 weights.copy_((left @ right).reshape(weights.shape))
@@ -127,7 +113,7 @@ class LowRank(Mode):
 
     def factors(self) -> dict[str, Factors]:
         """Return, by full name, matrices of shapes (outputs, r) and (r, inputs) that make the truncated weight."""
-        return {full: self._factors(full, weights) for full, weights in self._attached().weights.items()}
+        return {full: self._factors(full, weights) for full, weights in self.state.weights.items()}
 
     def factorised(self, model: nn.Module) -> nn.Module:
         """Return a plain copy with two thin layers for every linear or convolution layer that gets smaller by it."""
@@ -147,19 +133,13 @@ class LowRank(Mode):
 
     def state_dict(self) -> dict[str, Any]:
         """Return subgradients, ranks and counters."""
-        state = self._attached()
+        state: _State = self.state
         slopes = {full: slope.clone() for full, slope in state.slopes.items()}
         return {"slopes": slopes, "ranks": dict(state.ranks), "steps": state.steps, "fixed": state.fixed}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what `state_dict` returned.
-
-        Raises
-        ------
-        SpecError
-            The state belongs to another model.
-        """
-        mine = self._attached()
+        """Take back what `state_dict` returned; see `Mode.load_state_dict`."""
+        mine: _State = self.state
         if {f: s.shape for f, s in state["slopes"].items()} != {f: s.shape for f, s in mine.slopes.items()}:
             raise SpecError(f"the state of low_rank is of other parameters: {', '.join(state['slopes'])}")
         for full, slope in state["slopes"].items():
@@ -168,7 +148,7 @@ class LowRank(Mode):
 
     def report(self) -> dict[str, float]:
         """Return ``rank``, as a share of the largest possible; ``parameters`` of thin matrices; share of ``zeros``."""
-        state = self._attached()
+        state: _State = self.state
         ranks = full_ranks = parameters = 0
         for full, weights in state.weights.items():
             rows, columns = _matrix(weights).shape
@@ -179,14 +159,9 @@ class LowRank(Mode):
         zeros = share_of_zeros(self.model, state.weights)
         return {"rank": ranks / full_ranks, "parameters": float(parameters), "zeros": zeros}
 
-    def _attached(self) -> _State:
-        self.model  # noqa: B018 - says so where there is none
-        state: _State = self.__dict__["_state"]
-        return state
-
     @torch.no_grad()
     def _truncate(self) -> None:
-        state = self._attached()
+        state: _State = self.state
         for full, weights in state.weights.items():
             u, s, v = _decomposed(weights)
             rank = self._rank(full, s)
@@ -202,7 +177,7 @@ class LowRank(Mode):
 
     def _rank(self, full: str, singular: torch.Tensor) -> int:
         """Return the rank to truncate to."""
-        state = self._attached()
+        state: _State = self.state
         squares = singular.double().square()
         # Relative to the whole; rounding must not make that fall short of a share of one.
         shares = torch.cumsum(squares, 0) / squares.sum().clamp_min(1e-300) + 1e-12

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from kcomplex.errors import SpecError
+from kcomplex.estimators.spec import refuse_others, refuse_outside
 from kcomplex.motifs.blocks import Blocks, motif_count, update_motifs
 from kcomplex.motifs.nearest import Indices, Rows, distinct, nearest
 from kcomplex.motifs.selection import SELECTIONS, Selection, select_motifs
@@ -92,11 +93,6 @@ class MoMos(Mode):
         padded tails among them), padding counts in the distance, capacity truncates, latent weights are projected
         whatever quantises them. `reuse`, `selection`, `keep` and `lloyd_steps` have no meaning then.
 
-    Raises
-    ------
-    SpecError
-        A value is out of range, or the zero motif would be the only one.
-
     Notes
     -----
     From MoMos (arXiv:2602.14896). Gradients reach the projected weights as they are: there is no latent copy.
@@ -129,44 +125,30 @@ class MoMos(Mode):
     name: ClassVar[str] = "momos"
 
     def __post_init__(self) -> None:
-        if self.block_size < 1:
-            raise SpecError(f"momos: block_size must be at least 1, not {self.block_size}")
+        refuse_outside(self, block_size="[1, inf)", capacity="(0, 1]", motifs="[1, inf)", lloyd_steps="[0, inf)")
+        refuse_outside(self, keep="[0, 1]", bits="[2, 16]")
+        refuse_others(
+            self, selection=SELECTIONS, quantiser=("none", "uniform_qat", "codeq"), scope=("global", "tensor")
+        )
         if self.motifs is None and self.capacity is None:
             raise SpecError("momos: give either capacity or motifs")
         if self.motifs is not None and self.capacity not in (None, DEFAULT_CAPACITY):
             raise SpecError(f"momos: capacity={self.capacity} and motifs={self.motifs} exclude each other: give one")
-        if self.capacity is not None and not 0 < self.capacity <= 1:
-            raise SpecError(f"momos: capacity must be above 0 and at most 1, not {self.capacity}")
-        if self.motifs is not None and self.motifs < 1:
-            raise SpecError(f"momos: motifs must be at least 1, not {self.motifs}")
         if not _EVERY.fullmatch(self.every) or self._period[0] < 1:
             raise SpecError(f"momos: every must be 'epoch', 'step', or such as '20 steps', not {self.every!r}")
-        if self.selection not in SELECTIONS:
-            raise SpecError(f"momos: selection must be one of {', '.join(SELECTIONS)}, not {self.selection!r}")
-        if not 0 <= self.keep <= 1:
-            raise SpecError(f"momos: keep must be in [0, 1], not {self.keep}")
-        if self.quantiser not in ("none", "uniform_qat", "codeq"):
-            raise SpecError(f"momos: quantiser must be 'none', 'uniform_qat' or 'codeq', not {self.quantiser!r}")
-        if not 2 <= self.bits <= 16:
-            raise SpecError(f"momos: bits must be 2 to 16, not {self.bits}")
         if self.target_zeros is not None and self.quantiser != "codeq":
             raise SpecError("momos: target_zeros is CoDeQ's: it needs quantiser=codeq")
-        if self.scope not in ("global", "tensor"):
-            raise SpecError(f"momos: scope must be 'global' or 'tensor', not {self.scope!r}")
-        if self.lloyd_steps < 0:
-            raise SpecError(f"momos: lloyd_steps must not be negative, but is {self.lloyd_steps}")
         if self.motifs is not None:
             self._refuse_erasure(self.motifs, "")
 
-    def prepare(self, model: nn.Module) -> None:
-        """Attach to a model, which isn't changed before the first projection.
+    def attach(self, model: nn.Module) -> _State:
+        """Return the mosaics of a model, which isn't changed before the first projection.
 
         Raises
         ------
         SpecError
-            See `Mode.prepare`; or a parameter is complex, or there would be no motif but zero.
+            A parameter is complex, or there would be no motif but zero.
         """
-        self.refuse_second_model()
         everything = self.reference and not self.include
         types, parameter_names = (None, None) if everything else (WEIGHT_LAYERS, WEIGHT_NAMES)
 
@@ -183,21 +165,20 @@ class MoMos(Mode):
             quantising.prepare(model)
             # Published projections take parameters in the model's order, which parametrisations change.
             names = chosen()
-        self.attach_to(model)
         generator = torch.Generator().manual_seed(self.seed).get_state()
         mosaics = [Mosaic(tuple(group)) for group in self._grouped(names)]
-        object.__setattr__(self, "_state", _State(mosaics, generator, quantising))
+        return _State(mosaics, generator, quantising)
 
     def parameter_groups(self, lr: float, weight_decay: float = 0.0) -> ParameterGroups:
         """Return the groups of the quantiser, or all parameters in one."""
-        quantising = self._kept.quantising
+        quantising: Mode | None = self.state.quantising
         if quantising is not None:
             return quantising.parameter_groups(lr, weight_decay)
         return super().parameter_groups(lr, weight_decay)
 
     def after_step(self) -> None:
         """Project, where it is time; while fine-tuning, make equal what shares a motif."""
-        state = self._kept
+        state: _State = self.state
         if state.quantising is not None:
             state.quantising.after_step()
         state.steps += 1
@@ -209,7 +190,7 @@ class MoMos(Mode):
 
     def after_epoch(self) -> None:
         """Project, where it is time."""
-        state = self._kept
+        state: _State = self.state
         state.epochs += 1
         period, unit = self._period
         if unit == "epoch" and not state.fixed and state.epochs % period == 0:
@@ -217,7 +198,7 @@ class MoMos(Mode):
 
     def begin_fine_tuning(self, evaluate: Evaluate, error: Evaluate | None = None) -> None:
         """Fix the mosaic, after a last projection where weights have left it: from here on only motifs are trained."""
-        state = self._kept
+        state: _State = self.state
         if state.quantising is not None:
             state.quantising.begin_fine_tuning(evaluate, error)
         self._project(self.model, state, settled=True)
@@ -236,7 +217,7 @@ class MoMos(Mode):
 
     def state_dict(self) -> dict[str, Any]:
         """Return motifs, assignment and figures of every mosaic, the random generator, counters and held scales."""
-        state = self._kept
+        state: _State = self.state
         held = {
             member.name: member.quantiser.held.clone()
             for group in self._groups(self.model, state)
@@ -263,14 +244,8 @@ class MoMos(Mode):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what `state_dict` returned.
-
-        Raises
-        ------
-        SpecError
-            The state belongs to another configuration or model.
-        """
-        kept = self._kept
+        """Take back what `state_dict` returned; see `Mode.load_state_dict`."""
+        kept: _State = self.state
         blocks = [blocks_in(self.model, mosaic.names, self.block_size) for mosaic in kept.mosaics]
         saved = state["mosaics"]
         fits = len(saved) == len(blocks) and all(
@@ -303,25 +278,17 @@ class MoMos(Mode):
             ``nominal_bits``, the length `kcomplex.motifs.blocks.mosaic_bits` of the used motifs; and
             ``relative_algorithmic_compression``, raw bits of the projected weights over it.
         """
-        reports = [mosaic.report for mosaic in self._kept.mosaics if mosaic.report]
+        reports = [mosaic.report for mosaic in self.state.mosaics if mosaic.report]
         if not reports:
             return {}
         total = {key: sum(report[key] for report in reports) for key in reports[0]}
         raw = total.pop("raw_bits")
-        quantising = self._kept.quantising
+        quantising = self.state.quantising
         return {
             **({} if quantising is None else quantising.report()),
             **total,
             "relative_algorithmic_compression": raw / total["nominal_bits"],
         }
-
-    @property
-    def _kept(self) -> _State:
-        state = self.__dict__.get("_state")
-        if state is None:
-            raise SpecError("the mode 'momos' isn't attached: call prepare(model) first")
-        assert isinstance(state, _State)
-        return state
 
     @property
     def _settles(self) -> bool:
@@ -359,7 +326,7 @@ class MoMos(Mode):
 
     def _converted(self, model: nn.Module) -> tuple[nn.Module, _State]:
         """Return a copy of a model on its mosaics, and their state."""
-        copied, state = copy.deepcopy(model), copy.deepcopy(replace(self._kept, quantising=None))
+        copied, state = copy.deepcopy(model), copy.deepcopy(replace(self.state, quantising=None))
         if state.fixed:
             self._tie(copied, state, exact=True)
         else:
