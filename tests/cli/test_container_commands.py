@@ -118,3 +118,32 @@ def test_a_checkpoint_goes_and_comes_back_given_another(tmp_path: Path, run: Run
         assert answer.returncode == 2, arguments
         assert told in answer.stderr
         assert "Traceback" not in answer.stderr
+
+
+def test_decode_and_verify_say_what_they_did(tmp_path: Path, run_all: RunAll, original: Path) -> None:
+    double, damaged, metadata = (tmp_path / name for name in ("double.kcz", "damaged.kcz", "metadata.kcz"))
+    quantised, unpacked = tmp_path / "quantised.kcz", str(tmp_path / "back.pt")
+    encode({"w": torch.ones(3, dtype=torch.complex128)}, double, "zstd")
+    encode({"__metadata__": torch.arange(3)}, metadata, "zstd")
+    encode(original, quantised, "uniform|zstd")
+    damaged.write_bytes(quantised.read_bytes()[:-1])
+    cases = (
+        (["verify", str(damaged)], 1, "truncated or corrupted"),
+        (["verify", str(quantised)], 0, "are quantised, with a mean squared error of"),
+        (["verify", str(quantised), str(original)], 0, f"tensors are those of {original}, bit for bit; "),
+        (["verify", str(double), "--limit", "47"], 2, "allow more with limit=48 (on the command line: --limit 48)"),
+        (["verify", str(double), "--limit", "48"], 0, "is undamaged and decodes"),
+        (
+            ["decode", str(double), "-o", f"{unpacked}.safetensors"],
+            2,
+            "can't hold complex128 (the tensor 'w'): write a .pt",
+        ),
+        (["decode", str(metadata), "-o", f"{unpacked}.safetensors"], 2, "the name '__metadata__': write a .pt"),
+        (["decode", str(metadata), "-o", f"{unpacked}.npz"], 2, "writes .safetensors and .pt files"),
+        (["decode", str(double), "-o", unpacked], 0, "1 tensors"),
+        (["verify", str(double), unpacked], 0, "1 of 1 tensors"),
+        (["decode", str(quantised), "-o", unpacked], 0, "a .pt file has none"),
+    )
+    for (code, told), (arguments, expected, text) in zip(run_all([case[0] for case in cases]), cases, strict=True):
+        assert (code, text in told) == (expected, True), (arguments, told)
+    assert not list(tmp_path.glob("*.safetensors.safetensors"))

@@ -107,12 +107,14 @@ def _notes(sample: Sample, random: Random) -> Any:
     names = [name for entry in sample.entries for name in entry.names]
     notes: dict[str, Any] = {}
     if random.random() < 0.3:
-        notes["metadata"] = {random.choice(_TEXTS): random.choice(_TEXTS) for _ in range(3)}
+        notes["metadata"] = {random.choice(_TEXTS): random.choice(_TEXTS)}
     if random.random() < 0.3:
         notes["order"] = random.sample(names, len(names))[: random.randrange(len(names) + 1)]
     if random.random() < 0.3:
-        notes["inexact"] = {random.choice(names): random.choice(_NUMBERS) for _ in range(3)}
-    if random.random() < 0.1:
+        notes["inexact"] = {name: random.choice((0.5, 1e300)) for name in random.sample(names, 1)}
+    if random.random() < 0.05:
+        notes["inexact"] = {random.choice(names): random.choice(_NUMBERS)}
+    if random.random() < 0.05:
         notes[random.choice(("metadata", "order", "inexact", "other"))] = random.choice((*_NUMBERS, *_TEXTS))
     return notes
 
