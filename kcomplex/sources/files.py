@@ -8,6 +8,10 @@ from typing import Protocol
 
 from kcomplex.errors import FormatError, PluginError, SourceNotFoundError
 from kcomplex.registry import registry
+from kcomplex.sources.folders import contents_of, part_of
+from kcomplex.sources.formats.content import foreign_kind
+from kcomplex.sources.formats.guard import brief
+from kcomplex.sources.packed import without_packed
 from kcomplex.weights import Weights
 
 
@@ -20,8 +24,11 @@ class Format(Protocol):
         ...
 
     @staticmethod
-    def open(path: Path) -> Weights:
+    def open(path: Path, root: str) -> Weights:
         """Return the weights, reading headers only.
+
+        Where the format nests mappings, `root` is the way to the network in them, keys joined with dots; elsewhere,
+        the beginning of the names to be read, for `below`. It is empty where the user gave none.
 
         Raises
         ------
@@ -33,6 +40,13 @@ class Format(Protocol):
 
 def open_path(path: str, root: str = "") -> Weights:
     """Return the weights of a file or folder of any known format.
+
+    Parameters
+    ----------
+    path
+        Of the file or folder.
+    root
+        The part of a file that is the network: keys joined with dots, at any depth; see `find_network`.
 
     Raises
     ------
@@ -56,8 +70,12 @@ def open_path(path: str, root: str = "") -> Weights:
     # Opening a pipe or a device could wait for ever.
     if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
         raise FormatError(f"{path}: neither a file nor a folder but a device, pipe or socket")
-    if stat.S_ISREG(status.st_mode) and status.st_size == 0:
-        raise FormatError(f"{path}: the file is empty")
+    if stat.S_ISREG(status.st_mode):
+        if status.st_size == 0:
+            raise FormatError(f"{path}: the file is empty")
+        whole = part_of(where)
+        if whole:
+            raise FormatError(f"{path}: {whole}")
     formats = registry("kcomplex.formats")
     broken = []
     for name in formats.names():
@@ -68,9 +86,13 @@ def open_path(path: str, root: str = "") -> Weights:
             continue
         try:
             if reader.recognises(where):
-                return reader.open(where)
+                return without_packed(reader.open(where, root))
         except OSError as error:
             raise FormatError(f"{path}: can't be read: {error.strerror or error}") from error
+    try:
+        what = contents_of(where) if where.is_dir() else foreign_kind(where)
+    except OSError as error:
+        raise FormatError(f"{path}: can't be read: {error.strerror or error}") from error
     kind = "folder" if where.is_dir() else "file"
-    known = f"Known: {', '.join(formats.names())}"
-    raise FormatError("; ".join([f"{path}: a {kind} of no known format. {known}", *broken]))
+    what = what or f"a {kind} of no known format. Known: {', '.join(formats.names())}"
+    raise FormatError("; ".join([f"{path}: {brief(what, 700)}", *broken]))

@@ -15,7 +15,7 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from kcomplex.sources.state_dicts import Entry, collect
+from kcomplex.sources.state_dicts import Entry, collect, nested_entries
 from kcomplex.weights import Weights
 
 
@@ -45,7 +45,20 @@ def module_weights(module: nn.Module) -> Weights:
             if buffer is not None and name not in latent:
                 role = "buffer" if name in part._non_persistent_buffers_set else "weight"
                 entries.append(Entry(dot + name, buffer, None, False, role=role))
+        entries += _packed(part, dot)
     return collect(entries, type(module).__name__)
+
+
+def _packed(part: nn.Module, dot: str) -> Iterator[Entry]:
+    """Yield what a module saves beside its parameters and buffers: quantised modules of torch.ao pack their weights."""
+    if type(part)._save_to_state_dict is nn.Module._save_to_state_dict:
+        return
+    saved: dict[str, object] = {}
+    part._save_to_state_dict(saved, dot, True)
+    registered = {dot + name for name in (*part._parameters, *part._buffers)}
+    hidden = {name: value for name, value in saved.items() if name not in registered}
+    for name, value in nested_entries(hidden).items():
+        yield Entry(name, value, None, isinstance(value, torch.Tensor) and value.requires_grad)
 
 
 _Computed: TypeAlias = tuple[str, tuple[object, ...], dict[str, torch.Tensor], Callable[[], torch.Tensor]]

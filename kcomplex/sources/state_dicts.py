@@ -9,25 +9,76 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn.parameter import is_lazy
 
-from kcomplex.errors import WeightsError
+from kcomplex.errors import FormatError, WeightsError
+from kcomplex.sources.formats.guard import Refused, brief
+from kcomplex.sources.networks import Tree, find_network
 from kcomplex.weights import DTYPES, SkippedTensor, TensorHandle, Weights, dtype_name
+
+_PACKED = "its weights are packed, and not measured"
 
 
 def state_dict_weights(tensors: Mapping[str, Any], source: str = "state dict", root: str = "") -> Weights:
     """Return the weights of a mapping from names to tensors; entries that aren't tensors are skipped with a reason.
 
-    Tensors that share storage, shape and layout count once, under all their names.
+    Tensors that share storage, shape and layout count once, under all their names. A mapping may hold the network at
+    any depth, among other things; names of nested mappings are joined with dots.
+
+    Parameters
+    ----------
+    tensors
+        A state dict, or what holds one.
+    source
+        What the weights came from, for messages.
+    root
+        The way to the network, keys joined with dots; see `find_network`.
 
     Raises
     ------
     WeightsError
-        There are entries, but no tensor among them; or a name isn't text.
+        There are entries, but no tensor among them, or several networks; or a name isn't text.
     """
-    weights = collect([Entry(str(name), value) for name, value in tensors.items()], source)
-    if tensors and not any(isinstance(value, torch.Tensor) for value in tensors.values()):
-        some = ", ".join(f"{item.name!r} ({item.reason})" for item in weights.skipped[:5])
-        raise WeightsError(f"{source}: no tensor among its {len(tensors)} entries: {some}")
-    return weights
+    if not tensors:
+        return collect((), source)
+    try:
+        entries, skipped = find_network(_StateDicts(), tensors, root)
+    except Refused as error:
+        raise WeightsError(f"{source}: {brief(str(error), 700)}") from error
+    return collect([Entry(name, value) for name, value in entries.items()], source, skipped)
+
+
+def nested_entries(tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a mapping holds at any depth, names joined with dots; quantised tensors as their integers."""
+    return find_network(_StateDicts(), tensors, ".").entries
+
+
+class _StateDicts(Tree):
+    """The nested parts of a checkpoint in memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._quantised: dict[int, dict[str, Any]] = {}
+
+    def parts(self, value: Any) -> Mapping[Any, Any] | None:
+        """Return what a container holds, by its keys; None for anything else."""
+        if isinstance(value, torch.Tensor):
+            if not _keeps_integers(value):
+                return None
+            if id(value) not in self._quantised:
+                self._quantised[id(value)] = _integers(value)
+            return self._quantised[id(value)]
+        if isinstance(value, Mapping):
+            return value
+        return dict(enumerate(value)) if isinstance(value, (list, tuple)) else None
+
+    def shape(self, value: Any) -> tuple[int, ...] | None:
+        """Return the shape of a tensor, () where it isn't known; None for anything else."""
+        if not isinstance(value, torch.Tensor) or _keeps_integers(value):
+            return None
+        return () if is_lazy(value) or value.is_nested else tuple(value.shape)
+
+    def kind(self, value: Any) -> str:
+        """Return the dtype of a tensor, or what else a value is."""
+        return dtype_name(value.dtype) if isinstance(value, torch.Tensor) else type(value).__name__
 
 
 def merge_shared(keyed: Iterable[tuple[Hashable, TensorHandle]]) -> list[TensorHandle]:
@@ -45,6 +96,47 @@ def merge_shared(keyed: Iterable[tuple[Hashable, TensorHandle]]) -> list[TensorH
         trainable = True if any(handle.trainable for handle in group) else group[0].trainable
         merged.append(replace(group[0], name=first, aliases=tuple(others), trainable=trainable))
     return merged
+
+
+def _keeps_integers(value: torch.Tensor) -> bool:
+    """Return whether a tensor is a quantised one of torch.ao that keeps one integer an element."""
+    return value.is_quantized and value.dtype in (torch.qint8, torch.quint8, torch.qint32)
+
+
+def _integers(value: torch.Tensor) -> dict[str, Any]:
+    """Return integers, scales and zero points of a quantised tensor."""
+    if value.qscheme() in (torch.per_tensor_affine, torch.per_tensor_symmetric):
+        scale, zero_point = value.q_scale(), value.q_zero_point()
+    else:
+        scale, zero_point = value.q_per_channel_scales(), value.q_per_channel_zero_points()
+    return {"int_repr": value.int_repr(), "scale": scale, "zero_point": zero_point}
+
+
+def below(weights: Weights, root: str) -> Weights:
+    """Return the weights whose names begin with a root and a dot, without these; all for no root.
+
+    This is how a root is looked for in formats that nest nothing: their names stand for the nesting.
+
+    Raises
+    ------
+    FormatError
+        There are none.
+    """
+    path = root.rstrip(".")
+    if not path:
+        return weights
+    kept = []
+    for handle in weights.values():
+        names = [
+            name.removeprefix(f"{path}.") for name in (handle.name, *handle.aliases) if name.startswith(f"{path}.")
+        ]
+        if names:
+            kept.append(replace(handle, name=names[0], aliases=tuple(names[1:])))
+    if not kept:
+        there = brief(", ".join(weights))
+        weights.close()
+        raise FormatError(f"{weights.source}: no name begins with the root {path!r:.100}; there are {there}")
+    return weights.with_tensors(kept, weights.skipped)
 
 
 class Entry(NamedTuple):
@@ -83,14 +175,14 @@ def collect(
     keyed: list[tuple[Hashable, TensorHandle]] = []
     left_out = list(skipped)
     for name, value, load, trainable, key, role in entries:
-        reason = _unreadable(value)
+        reason, unread = _unreadable(value)
         if reason:
             known = isinstance(value, torch.Tensor) and not is_lazy(value) and not value.is_nested
             shape, dtype = (tuple(value.shape), dtype_name(value.dtype)) if known else (None, "")
-            left_out.append(SkippedTensor(name, reason, shape, dtype))
+            left_out.append(SkippedTensor(name, reason, shape, dtype, unread))
             continue
         handle = TensorHandle(
-            name, tuple(value.shape), value.dtype, _gathered(load or value.detach), trainable=trainable, role=role
+            name, tuple(value.shape), value.dtype, _gathered(name, load or value.detach), trainable=trainable, role=role
         )
         keyed.append((key or _memory(value) or name, handle))
     return Weights(merge_shared(keyed), left_out, source)
@@ -105,30 +197,41 @@ def _memory(value: torch.Tensor) -> Hashable:
     return value.device, value.data_ptr(), tuple(value.shape), value.stride(), value.dtype, views
 
 
-def _unreadable(value: Any) -> str:
-    """Return why a state dict's entry can't be measured; empty where it can."""
+def _unreadable(value: Any) -> tuple[str, str]:
+    """Return why a state dict's entry can't be measured, and its role; two empty texts where it can."""
     if not isinstance(value, torch.Tensor):
-        return f"not a tensor but {type(value).__name__}"
+        packs = isinstance(value, torch.ScriptObject)
+        return (_PACKED, "packed") if packs else (f"not a tensor but {type(value).__name__}", "other")
     if is_lazy(value):
-        return "not initialised: run the model once"
+        return "not initialised: run the model once", ""
     if value.is_nested:
-        return "nested tensors aren't supported"
+        return "nested tensors aren't supported", ""
     if value.layout is not torch.strided:
-        return f"layout {str(value.layout).removeprefix('torch.')} isn't supported"
+        return f"layout {str(value.layout).removeprefix('torch.')} isn't supported", ""
     if value.is_meta:
-        return "meta tensor: it has no data"
+        return "meta tensor: it has no data", ""
+    # A sharded tensor is gathered; other classes that act for themselves keep their weights in tensors of their own.
+    acts = type(value).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
+    if (acts and not hasattr(value, "full_tensor")) or getattr(value, "quant_state", None) is not None:
+        return f"{type(value).__name__}: {_PACKED}", "packed"
     if value.dtype not in DTYPES.values():
-        return f"dtype {dtype_name(value.dtype)} isn't supported"
-    return ""
+        return f"dtype {dtype_name(value.dtype)} isn't supported", "packed" if value.is_quantized else ""
+    return "", ""
 
 
-def _gathered(load: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+def _gathered(name: str, load: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
     """Return a reader that gathers a sharded tensor (DTensor) whole; a shard is never measured in silence."""
 
     def read() -> torch.Tensor:
-        tensor = load()
-        gather = getattr(tensor, "full_tensor", None)
-        whole: torch.Tensor = gather() if gather is not None else tensor
+        try:
+            tensor = load()
+            gather = getattr(tensor, "full_tensor", None)
+            whole: torch.Tensor = gather() if gather is not None else tensor
+        # Whatever a tensor's class, or a parametrisation of the user's, raises.
+        except Exception as error:
+            raise WeightsError(
+                f"the tensor {name!r} can't be read: {brief(str(error)) or type(error).__name__}"
+            ) from error
         return whole
 
     return read

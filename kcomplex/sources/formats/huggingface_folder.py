@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import stat
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -11,35 +10,40 @@ from dataclasses import replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
+from kcomplex.sources.folders import NUMBERED, checkpoints_in
 from kcomplex.sources.formats.content import MAX_HEADER_BYTES
 from kcomplex.sources.formats.guard import Refused, check_distinct, guarded
 from kcomplex.sources.formats.pytorch_file import PyTorchFile
 from kcomplex.sources.formats.safetensors_file import SafetensorsFile
+from kcomplex.sources.state_dicts import below
 from kcomplex.weights import SkippedTensor, TensorHandle, Weights, dtype_name
 
 _SINGLE = (
     "model.safetensors",
     "diffusion_pytorch_model.safetensors",
+    "adapter_model.safetensors",
     "pytorch_model.bin",
     "diffusion_pytorch_model.bin",
+    "adapter_model.bin",
 )
+# What torch.distributed.checkpoint leaves in a folder, beside which single files are not the model.
+_DISTRIBUTED = ".metadata"
 _INDEX_SUFFIXES = (".safetensors.index.json", ".bin.index.json")
-_NUMBERED = re.compile(r"(.*)-([0-9]+)-of-([0-9]+)(.*)", re.DOTALL)
 
 
 class HuggingFaceFolder:
-    """A folder with an index and shards, a single file of a usual name, or safetensors shards without an index."""
+    """A folder with an index and shards, a single file of a usual name, or shards without an index.
+
+    Hidden files don't count: they are what a program that was stopped left behind.
+    """
 
     @staticmethod
     def recognises(path: Path) -> bool:
-        """Return whether there is an index, a file of a usual name, or a safetensors file in the folder."""
-        if not path.is_dir():
-            return False
-        names = [entry.name for entry in path.iterdir()]
-        return any(name.endswith((*_INDEX_SUFFIXES, ".safetensors")) or name in _SINGLE for name in names)
+        """Return whether there is an index, a file of a usual name, or a shard in the folder."""
+        return path.is_dir() and not (path / _DISTRIBUTED).exists() and bool(_index_names(path) or _shards(path))
 
     @staticmethod
-    def open(path: Path) -> Weights:
+    def open(path: Path, root: str = "") -> Weights:
         """Return the weights, reading the index and the headers of the shards only.
 
         An index goes before a single file, safetensors before pickles.
@@ -54,12 +58,16 @@ class HuggingFaceFolder:
             index = _index(path)
             places = _read_index(index) if index else None
             shards = sorted(set(places.values())) if places is not None else _shards(path)
+            _check_complete(shards if places is None else ())
             tensors: list[TensorHandle] = []
             skipped = [
-                SkippedTensor(name, "a file that doesn't belong to the model") for name in _strays(path, set(shards))
+                SkippedTensor(name, "a file that doesn't belong to the model", role="other")
+                for name in _strays(path, set(shards))
             ]
+            # One file may nest the network in other things; over several, names alone tell what belongs together.
+            inner, outer = (root, "") if len(shards) == 1 and places is None else ("", root)
             for shard in shards:
-                weights = stack.enter_context(_open_shard(path / shard))
+                weights = stack.enter_context(_open_shard(path / shard, inner))
                 found, left_out = list(weights.values()), list(weights.skipped)
                 if places is not None and index is not None:
                     wanted = {name for name, place in places.items() if place == shard}
@@ -73,36 +81,39 @@ class HuggingFaceFolder:
                 skipped += left_out
             check_distinct([name for handle in tensors for name in (handle.name, *handle.aliases)])
             resources = stack.pop_all()
-        return Weights(tensors, skipped, str(path), resources)
+        return below(Weights(tensors, skipped, str(path), resources), outer)
+
+
+def _index_names(folder: Path) -> list[str]:
+    """Return the names of the indices, those that count first."""
+    names = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
+    return [name for suffix in _INDEX_SUFFIXES for name in names if name.endswith(suffix)]
 
 
 def _index(folder: Path) -> Path | None:
     """Return the index that counts, if there is one."""
-    for suffix in _INDEX_SUFFIXES:
-        found = sorted(entry for entry in folder.iterdir() if entry.name.endswith(suffix))
-        if len(found) > 1:
-            names = ", ".join(entry.name for entry in found)
-            raise Refused(f"several indices ({names}): keep the one that counts, or give the path of one file")
-        if found:
-            return found[0]
-    return None
+    names = _index_names(folder)
+    rivals = [name for name in names if name.endswith(".bin.index.json") == names[0].endswith(".bin.index.json")]
+    if len(rivals) > 1:
+        raise Refused(f"several indices ({', '.join(rivals)}): keep the one that counts, or give the path of one file")
+    return folder / names[0] if names else None
 
 
 def _shards(folder: Path) -> list[str]:
-    """Return the files of a folder without an index."""
+    """Return the files of a folder without an index: one of a usual name, safetensors, or numbered pickles."""
     for name in _SINGLE:
-        if (folder / name).exists():
+        if (folder / name).exists() or (folder / name).is_symlink():
             return [name]
-    shards = sorted(entry.name for entry in folder.iterdir() if entry.name.endswith(".safetensors"))
-    _check_complete(shards)
-    return shards
+    names = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
+    shards = [name for name in names if name.endswith(".safetensors")]
+    return shards or [name for name in names if name.endswith(".bin") and NUMBERED.fullmatch(name)]
 
 
 def _check_complete(shards: Sequence[str]) -> None:
     """Refuse numbered shards of which some are missing: where there is no index, only their names tell."""
     families: dict[tuple[str, str], dict[int, set[int]]] = {}
     for shard in shards:
-        if numbered := _NUMBERED.fullmatch(shard):
+        if numbered := NUMBERED.fullmatch(shard):
             before, number, total, after = numbered.groups()
             families.setdefault((before, after), {}).setdefault(int(total), set()).add(int(number))
     for (before, after), totals in families.items():
@@ -119,9 +130,10 @@ def _check_complete(shards: Sequence[str]) -> None:
 
 
 def _strays(folder: Path, shards: set[str]) -> Iterator[str]:
-    for entry in folder.iterdir():
-        if entry.name.endswith(".safetensors") and entry.name not in shards:
-            yield entry.name
+    for path in checkpoints_in(folder):
+        name = path.relative_to(folder).as_posix()
+        if name not in shards:
+            yield name
 
 
 def _read_index(index: Path) -> dict[str, str]:
@@ -150,7 +162,7 @@ def _inside(place: str) -> bool:
     return place.isprintable() and not any(path.anchor or ".." in path.parts or not path.parts for path in paths)
 
 
-def _open_shard(shard: Path) -> Weights:
+def _open_shard(shard: Path, root: str) -> Weights:
     with guarded(shard):
         try:
             mode = shard.stat().st_mode
@@ -161,7 +173,7 @@ def _open_shard(shard: Path) -> Weights:
         reader = next((reader for reader in (SafetensorsFile, PyTorchFile) if reader.recognises(shard)), None)
         if reader is None:
             raise Refused("neither a safetensors file nor one of torch.save")
-    return reader.open(shard)
+    return reader.open(shard, root)
 
 
 def _listed(weights: Weights, wanted: set[str], index: str) -> tuple[list[TensorHandle], list[SkippedTensor]]:

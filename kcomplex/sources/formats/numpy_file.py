@@ -17,9 +17,10 @@ import torch
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
-from kcomplex.sources.formats.content import is_torch_archive, kind_of, zip_names
+from kcomplex.sources.formats.content import check_whole, is_torch_archive, kind_of, zip_names
 from kcomplex.sources.formats.guard import Refused, check_distinct, check_shape, guarded
-from kcomplex.sources.formats.mapped_file import MappedFile
+from kcomplex.sources.formats.stored_file import StoredFile
+from kcomplex.sources.state_dicts import below
 from kcomplex.weights import DTYPES, SkippedTensor, TensorHandle, Weights
 
 # NumPy refuses headers of more than 10,000 characters; a header that claims more is never read.
@@ -28,15 +29,12 @@ _CHUNK_BYTES = 1 << 20
 # Deflate makes at most 1032 bytes of one (and a little at the ends); a member that claims more lies.
 _DEFLATE_LIMIT = 1032
 _ENCRYPTED = 0x1
-# What ends a zip file, but for its comment; a count of members of 0xFFFF stands for one that doesn't fit.
-_END_RECORD_BYTES = 22
-_MANY_MEMBERS = 0xFFFF
 # An .npy file doesn't name its array.
 _NAME = "tensor"
 
 
 class NpyFile:
-    """One ``.npy`` file: a single tensor called ``tensor``, memory-mapped."""
+    """One ``.npy`` file: a single tensor called ``tensor``."""
 
     @staticmethod
     def recognises(path: Path) -> bool:
@@ -45,7 +43,7 @@ class NpyFile:
         return kind == "npy" or (kind == "unknown" and path.suffix == ".npy" and path.is_file())
 
     @staticmethod
-    def open(path: Path) -> Weights:
+    def open(path: Path, root: str = "") -> Weights:
         """Return the weights, reading the header only.
 
         Raises
@@ -54,16 +52,17 @@ class NpyFile:
             The header is broken, or doesn't fit the file.
         """
         with guarded(path), ExitStack() as stack:
-            file = MappedFile(path)
+            file = StoredFile(path)
             stack.callback(file.close)
-            header = _read_header(io.BytesIO(file.window(0, min(file.size, _HEADER_BYTES)).tobytes()))
+            header = _read_header(file.head(_HEADER_BYTES))
             if not header.reason:
                 header.check_size(file.size)
             resources = stack.pop_all()
         if header.reason:
             return Weights((), [header.skipped(_NAME)], str(path), resources)
-        handle = TensorHandle(_NAME, header.shape, header.torch_dtype, _window_reader(path, file, header))
-        return Weights([handle], (), str(path), resources)
+        read, part = _window_readers(path, file, header)
+        handle = TensorHandle(_NAME, header.shape, header.torch_dtype, read, load_range=part)
+        return below(Weights([handle], (), str(path), resources), root)
 
 
 class NpzFile:
@@ -80,7 +79,7 @@ class NpzFile:
         return kind == "unknown" and path.suffix == ".npz" and path.is_file()
 
     @staticmethod
-    def open(path: Path) -> Weights:
+    def open(path: Path, root: str = "") -> Weights:
         """Return the weights, reading the headers of the members only.
 
         Raises
@@ -90,8 +89,9 @@ class NpzFile:
         """
         with guarded(path), ExitStack() as stack:
             archive = stack.enter_context(zipfile.ZipFile(path))
+            check_whole(archive, path)
             size = path.stat().st_size
-            _check_directory(path, archive, size)
+            check_distinct(archive.namelist())
             tensors, skipped = [], []
             for member in archive.infolist():
                 name = member.filename.removesuffix(".npy")
@@ -110,7 +110,7 @@ class NpzFile:
                 load = _member_reader(path, archive, member, name, header)
                 tensors.append(TensorHandle(name, header.shape, header.torch_dtype, load))
             resources = stack.pop_all()
-        return Weights(tensors, skipped, str(path), resources)
+        return below(Weights(tensors, skipped, str(path), resources), root)
 
 
 @dataclass(frozen=True)
@@ -126,13 +126,19 @@ class _Header:
     def reason(self) -> str:
         if self.dtype.hasobject:
             return "object arrays are pickles, which are never loaded"
-        if self.dtype.kind == "V":
-            return f"dtype {self.dtype.str} (structured, or an extension type such as bfloat16) isn't supported"
-        return "" if self.dtype.name in DTYPES else f"dtype {self.dtype.name} isn't supported"
+        if self.is_bfloat16 or self.dtype.name in DTYPES:
+            return ""
+        kind = " (structured, or an extension type such as float8)" if self.dtype.kind == "V" else ""
+        return f"dtype {self.dtype.str if kind else self.dtype.name}{kind} isn't supported"
+
+    @property
+    def is_bfloat16(self) -> bool:
+        """Whether elements are two nameless bytes: so NumPy writes bfloat16, the only such type of ml_dtypes."""
+        return self.dtype.str == "|V2" and self.dtype.names is None and self.dtype.subdtype is None
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        return DTYPES[self.dtype.name]
+        return torch.bfloat16 if self.is_bfloat16 else DTYPES[self.dtype.name]
 
     @property
     def nbytes(self) -> int:
@@ -151,14 +157,12 @@ class _Header:
         if there > self.nbytes:
             raise Refused(f"{there - self.nbytes:,} bytes follow the array of shape {self.shape} and {self.dtype}")
 
-    def tensor(self, data: NDArray[np.uint8]) -> torch.Tensor:
-        """Return the tensor of the array's bytes, sharing their memory where it can."""
-        array = data.view(self.dtype)
-        if not self.dtype.isnative:
-            array = array.byteswap().view(self.dtype.newbyteorder("="))
-        elif not array.flags.aligned:
-            array = array.copy()
-        return torch.from_numpy(array.reshape(self.shape, order="F" if self.fortran else "C"))
+    def tensor(self, data: NDArray[np.uint8], shape: tuple[int, ...]) -> torch.Tensor:
+        """Return the tensor of bytes of the array, sharing their memory where it can."""
+        array = data.view("<u2" if self.is_bfloat16 else self.dtype)
+        if not array.dtype.isnative:
+            array = array.byteswap().view(array.dtype.newbyteorder("="))
+        return torch.from_numpy(array.reshape(shape, order="F" if self.fortran else "C")).view(self.torch_dtype)
 
 
 def _read_header(file: IO[bytes]) -> _Header:
@@ -177,18 +181,6 @@ def _read_header(file: IO[bytes]) -> _Header:
     return _Header(tuple(map(int, shape)), fortran, dtype, file.tell())
 
 
-def _check_directory(path: Path, archive: zipfile.ZipFile, size: int) -> None:
-    """Refuse a table of contents that lost members, which zipfile doesn't notice, or has two of one name."""
-    names = archive.namelist()
-    end = size - _END_RECORD_BYTES - len(archive.comment)
-    with path.open("rb") as file:
-        file.seek(end)
-        count = int.from_bytes(file.read(_END_RECORD_BYTES)[10:12], "little")
-    if count not in (len(names), _MANY_MEMBERS) or (not names and end > 0):
-        raise Refused(f"corrupted: its table of contents lists {len(names)} members, not {count}")
-    check_distinct(names)
-
-
 def _check_member(member: zipfile.ZipInfo, archive_size: int) -> None:
     """Refuse a zip member that lies about its size, or that NumPy can't have written."""
     if member.flag_bits & _ENCRYPTED:
@@ -203,12 +195,21 @@ def _check_member(member: zipfile.ZipInfo, archive_size: int) -> None:
         raise Refused(f"claims {member.file_size:,} bytes, but {member.compress_size:,} can't hold more than {limit:,}")
 
 
-def _window_reader(path: Path, file: MappedFile, header: _Header) -> Callable[[], torch.Tensor]:
+def _window_readers(
+    path: Path, file: StoredFile, header: _Header
+) -> tuple[Callable[[], torch.Tensor], Callable[[int, int], torch.Tensor] | None]:
+    """Return what reads the array, and what reads a part of one in C order."""
+
     @guarded(path, _NAME)
     def load() -> torch.Tensor:
-        return header.tensor(file.window(header.offset, header.nbytes))
+        return header.tensor(file.window(header.offset, header.nbytes), header.shape)
 
-    return load
+    @guarded(path, _NAME)
+    def load_range(start: int, stop: int) -> torch.Tensor:
+        width = header.dtype.itemsize
+        return header.tensor(file.window(header.offset + start * width, (stop - start) * width), (stop - start,))
+
+    return load, None if header.fortran else load_range
 
 
 def _member_reader(
@@ -228,6 +229,6 @@ def _member_reader(
             # Only at the end does zipfile compare the checksum.
             if file.read(1):
                 raise Refused("the member holds more than its array")
-        return header.tensor(data)
+        return header.tensor(data, header.shape)
 
     return load

@@ -1,20 +1,25 @@
-"""Safetensors files, through the safetensors library."""
+"""Safetensors files.
+
+The safetensors library maps files into memory, where whoever shortens one ends the process that reads it; so their
+headers are read here.
+"""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
 from kcomplex.errors import WeightsError
 from kcomplex.sources.formats.content import MAX_HEADER_BYTES, kind_of
-from kcomplex.sources.formats.guard import check_distinct, check_shape, guarded
+from kcomplex.sources.formats.guard import Refused, check_distinct, check_shape, guarded
+from kcomplex.sources.formats.stored_file import StoredFile
+from kcomplex.sources.state_dicts import below
 from kcomplex.weights import SkippedTensor, TensorHandle, Weights, dtype_name
 
 _DTYPES = {
@@ -40,10 +45,12 @@ _DTYPES = {
 }
 # What stands beside the tensors in a header, under a name that none of them can have.
 _METADATA = "__metadata__"
+# Bits of the dtypes that torch has none for.
+_OTHER_BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
 
 
 class SafetensorsFile:
-    """One ``.safetensors`` file, memory-mapped."""
+    """One ``.safetensors`` file."""
 
     @staticmethod
     def recognises(path: Path) -> bool:
@@ -52,7 +59,7 @@ class SafetensorsFile:
         return kind == "safetensors" or (kind == "unknown" and path.suffix == ".safetensors" and path.is_file())
 
     @staticmethod
-    def open(path: Path) -> Weights:
+    def open(path: Path, root: str = "") -> Weights:
         """Return the weights, reading the header only.
 
         Raises
@@ -61,21 +68,59 @@ class SafetensorsFile:
             The header is broken, or doesn't fit the file.
         """
         with guarded(path), ExitStack() as stack:
-            file = stack.enter_context(safe_open(path, framework="pt"))
-            # The library lets the last of two tensors of one name win.
-            _refuse_duplicates(path)
-            tensors, skipped = [], []
-            for name in file.keys():  # noqa: SIM118 (not a mapping)
-                entry = file.get_slice(name)
-                shape, code = tuple(entry.get_shape()), entry.get_dtype()
+            file = StoredFile(path)
+            stack.callback(file.close)
+            tensors, skipped, end = [], [], 0
+            header, start = _header(file)
+            # The format allows no gap between tensors, and none twice: nothing hides in a file.
+            for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
                 with guarded(path, name):
+                    first, last = entry["data_offsets"]
+                    if first != end:
+                        raise Refused(f"its bytes begin at {first:,} and not at {end:,}, where the ones before end")
+                    end = last
+                    shape, code = tuple(entry["shape"]), entry["dtype"]
                     check_shape(shape)
+                    if code not in _DTYPES and code not in _OTHER_BITS:
+                        raise Refused(f"its dtype {code!r:.50} isn't known")
+                    bits = _OTHER_BITS.get(code) or 8 * _DTYPES[code].itemsize
+                    if 8 * (last - first) != bits * math.prod(shape):
+                        raise Refused(f"{last - first:,} bytes aren't what shape {shape} of {code} takes")
                 if code in _DTYPES:
-                    tensors.append(TensorHandle(name, shape, _DTYPES[code], _reader(path, file, name)))
+                    tensors.append(_handle(path, file, name, shape, _DTYPES[code], start + first))
                 else:
                     skipped.append(SkippedTensor(name, f"dtype {code} isn't supported", shape, code))
+            if start + end != file.size:
+                raise Refused(f"its tensors end at {start + end:,}, but the file has {file.size:,} bytes")
             resources = stack.pop_all()
-        return Weights(tensors, skipped, str(path), resources)
+        return below(Weights(tensors, skipped, str(path), resources), root)
+
+
+def _header(file: StoredFile) -> tuple[dict[str, Any], int]:
+    """Return the entry of each tensor, and where their data starts."""
+    size = int.from_bytes(file.window(0, 8).tobytes(), "little")
+    if size > MAX_HEADER_BYTES:
+        raise Refused(f"its header claims {size:,} bytes")
+    # The last of two tensors of one name would win.
+    header = json.loads(file.window(8, size).tobytes().decode(), object_pairs_hook=_distinct)
+    if not isinstance(header, dict):
+        raise Refused("its header isn't a table of tensors")
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
+        raise Refused("its metadata isn't a table of texts")
+    for name, entry in header.items():
+        match entry:
+            case {"dtype": str(), "shape": list(shape), "data_offsets": [int(first), int(last)]} if (
+                0 <= first <= last <= file.size and all(type(length) is int for length in shape)
+            ):
+                continue
+        raise Refused(f"the entry of the tensor {name!r:.100} makes no sense, or is beyond the end of the file")
+    return header, 8 + size
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    check_distinct([name for name, _ in pairs])
+    return dict(pairs)
 
 
 def original_layout(path: Path) -> tuple[dict[str, str], tuple[str, ...]] | None:
@@ -141,17 +186,15 @@ def _library_rank(name: str, dtype: torch.dtype) -> tuple[int, str]:
     return -dtype.itemsize, name
 
 
-def _refuse_duplicates(path: Path) -> None:
-    with path.open("rb") as file:
-        header = file.read(int.from_bytes(file.read(8), "little"))
-    json.loads(header, object_pairs_hook=lambda pairs: check_distinct([name for name, _ in pairs]))
-
-
-def _reader(path: Path, file: Any, name: str) -> Callable[[], torch.Tensor]:
+def _handle(
+    path: Path, file: StoredFile, name: str, shape: tuple[int, ...], dtype: torch.dtype, offset: int
+) -> TensorHandle:
     @guarded(path, name)
     def load() -> torch.Tensor:
-        tensor: torch.Tensor = file.get_tensor(name)
-        # Headers of other writers leave tensors at odd addresses, which compiled kernels can't read.
-        return tensor if tensor.data_ptr() % tensor.element_size() == 0 else tensor.clone()
+        return load_range(0, math.prod(shape)).view(shape)
 
-    return load
+    @guarded(path, name)
+    def load_range(start: int, stop: int) -> torch.Tensor:
+        return file.elements(offset + start * dtype.itemsize, stop - start, dtype)
+
+    return TensorHandle(name, shape, dtype, load, load_range=load_range)
