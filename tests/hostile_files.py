@@ -5,7 +5,6 @@ Load this module by its path and call `write_all`. What a planted pickle would d
 
 from __future__ import annotations
 
-import argparse
 import builtins
 import json
 import os
@@ -286,16 +285,12 @@ _VALUES: dict[str, Any] = {
     "stride_negative": {"w": View(Storage(), 3, (4,), (-1,))},
     "stride_beyond": {"w": View(Storage(), 0, (2,), (HUGE,))},
     "repeated": {"w": View(Storage(), 0, (HUGE,), (0,))},
-    "no_state_dict": {"epoch": 3, "net": GOOD},
     "no_tensor": "weights",
-    "nested_state_dict": {"model": {"state_dict": GOOD}},
     "allocating_tensor": {"w": Calling(torch.FloatTensor, HUGE)},
     "allocating_storage": {"w": Calling(torch.UntypedStorage, HUGE)},
     "name_no_unicode": {"\ud800w": View(Storage())},
     "name_no_unicode_inside": {"model": {"w\udfff": View(Storage())}},
     "name_no_unicode_beside": {"state_dict": GOOD, "\udc80": 3},
-    "foreign_class": {**GOOD, "x": Calling(argparse.ArgumentParser)},
-    "namespace": {"state_dict": GOOD, "hyper_parameters": argparse.Namespace(width=3)},
     "module": torch.nn.Linear(2, 2),
 }
 for name, value in _VALUES.items():

@@ -72,6 +72,8 @@ class _StateDicts(Tree):
 
     def shape(self, value: Any) -> tuple[int, ...] | None:
         """Return the shape of a tensor, () where it isn't known; None for anything else."""
+        if isinstance(value, torch.ScriptObject):
+            return ()
         if not isinstance(value, torch.Tensor) or _keeps_integers(value):
             return None
         return () if is_lazy(value) or value.is_nested else tuple(value.shape)

@@ -64,7 +64,8 @@ def test_what_counts_first(tmp_path: Path) -> None:
     write_index(tmp_path, {"shard": "shard.safetensors"})
     with open_weights(tmp_path) as weights:
         assert list(weights) == ["shard"]
-        assert [item.name for item in weights.skipped] == ["model.safetensors"]
+        assert [item.name for item in weights.skipped] == ["model.safetensors", "pytorch_model.bin"]
+        assert {item.role for item in weights.skipped} == {"other"}
 
 
 def test_shards_without_an_index(tmp_path: Path) -> None:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from collections import OrderedDict
-from pathlib import Path
+import logging
+import re
+from collections import Counter, OrderedDict, defaultdict
+from datetime import UTC, datetime
+from fractions import Fraction
+from pathlib import Path, PurePosixPath
 from types import ModuleType
 from typing import Any
 
@@ -19,6 +23,21 @@ from kcomplex.sources.open import open_weights
 from kcomplex.weights import words_of
 
 W = torch.arange(6.0).reshape(2, 3)
+
+
+def dynamic() -> torch.nn.Module:
+    model = torch.nn.Sequential(torch.nn.Linear(16, 8), torch.nn.LayerNorm(8))
+    return torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, dtype=torch.qint8)
+
+
+def static() -> torch.nn.Module:
+    model = torch.nn.Sequential(
+        torch.ao.quantization.QuantStub(), torch.nn.Conv2d(4, 8, 3), torch.ao.quantization.DeQuantStub()
+    ).eval()
+    model.qconfig = torch.ao.quantization.get_default_qconfig("x86")
+    torch.ao.quantization.prepare(model, inplace=True)
+    model(torch.randn(2, 4, 8, 8))
+    return torch.ao.quantization.convert(model)
 
 
 @pytest.fixture(params=[True, False], ids=["zip", "legacy"])
@@ -55,10 +74,19 @@ def test_a_checkpoint_of_a_training_run(saved: Any, key: str) -> None:
     assert np.array_equal(weights["weight"].values(), model.weight.detach().numpy())
     reasons = {item.name: item.reason for item in weights.skipped}
     assert set(reasons) == {
-        *("epoch", "global_step", "pytorch-lightning_version", "optimizer_states", "lr_schedulers"),
-        *("hyper_parameters", "other", "ema"),
+        *("epoch", "global_step", "pytorch-lightning_version", "lr_schedulers", "hyper_parameters", "other.w", "ema"),
+        *(
+            f"optimizer_states.0.state.{number}.{name}"
+            for number in (0, 1)
+            for name in ("step", "exp_avg", "exp_avg_sq")
+        ),
     }
-    assert reasons["epoch"] == f"beside the state dict {key!r}: int"
+    assert reasons["epoch"] == "beside the network: int"
+    roles = {item.name: item.role for item in weights.skipped}
+    assert roles["optimizer_states.0.state.0.exp_avg"] == "optimiser"
+    assert roles["epoch"] == "other"
+    # What may be of the network counts as not read.
+    assert roles["other.w"] == roles["ema"] == ""
 
 
 def test_entries_of_a_state_dict_that_are_no_tensors(saved: Any) -> None:
@@ -73,10 +101,9 @@ def test_entries_of_a_state_dict_that_are_no_tensors(saved: Any) -> None:
             size=W.shape,
         )
     )
-    assert list(weights) == ["w"]
+    assert {name: handle.aliases for name, handle in weights.items()} == {"nested.v": ("w",)}
     assert {item.name: item.reason for item in weights.skipped} == {
         "number": "not a tensor but int",
-        "nested": "not a tensor but dict",
         "sparse": "sparse tensor",
         "meta": "meta tensor: it has no data",
         "device": "not a tensor but torch.device",
@@ -93,9 +120,10 @@ def test_a_tensor_and_a_list_of_tensors(saved: Any) -> None:
     assert weights["2"].values()[0, 0] == 1
 
 
-def test_an_empty_state_dict_is_one(saved: Any) -> None:
+def test_an_empty_state_dict_is_one_where_nothing_else_is(saved: Any) -> None:
     assert len(saved({})) == 0
-    assert len(saved({"state_dict": {}, "epoch": 1})) == 0
+    with pytest.raises(FormatError, match=r"no tensor is in it that could be of a network.*'state_dict' \(dict\)"):
+        saved({"state_dict": {}, "epoch": 1})
 
 
 def test_shared_tensors_count_once(saved: Any) -> None:
@@ -199,29 +227,123 @@ def test_opening_reads_no_tensor(tmp_path: Path, saved: Any) -> None:
                 damaged["b"].read()
 
 
+class Settings:
+    """An object of the user's, with state of its own."""
+
+    def __init__(self) -> None:
+        self.width, self.parent = 3, self
+
+
 @pytest.mark.parametrize(
-    ("value", "asked"),
+    "beside",
     [
-        ({"state_dict": {"w": W}, "hyper_parameters": argparse.Namespace(a=1)}, "argparse.Namespace"),
-        (torch.nn.Linear(1, 1), "torch.nn.modules.linear.Linear"),
-        ({"w": W, "loss": np.float64(3)}, "numpy"),
+        argparse.Namespace(lr=1),
+        np.float64(1),
+        np.arange(3),
+        PurePosixPath("a/b"),
+        defaultdict(list, {"a": [1]}),
+        Counter("aab"),
+        Settings(),
+        {Settings: 1, ("a", 2): {Settings}},
+        Fraction(1, 3),
+        datetime(2020, 1, 1, tzinfo=UTC),
+        re.compile("a"),
+        logging.INFO,
+        Settings.__init__,
+        bytearray(b"ab"),
     ],
+    ids=lambda value: type(value).__name__,
 )
-def test_what_isnt_plain_weights_is_refused_with_its_name(saved: Any, value: Any, asked: str) -> None:
-    with pytest.raises(FormatError, match="isn't plain weights") as caught:
-        saved(value)
-    assert asked in str(caught.value)
-    assert "weights_only=True" in str(caught.value)
-    assert "safetensors" in str(caught.value)
+def test_weights_beside_objects_are_read_and_nothing_is_imported(saved: Any, beside: object) -> None:
+    weights = saved({"state_dict": {"w": W, "extra": beside}, "hyper_parameters": beside})
+    assert torch.equal(weights["w"].read(), W)
+    assert {item.name: item.role for item in weights.skipped} == {"extra": "other", "hyper_parameters": "other"}
 
 
-def test_a_checkpoint_without_a_known_state_dict_says_what_is_there(saved: Any) -> None:
-    with pytest.raises(FormatError, match=r"no state dict .* model_state_dict, .*'net' \(dict\), 'epoch' \(int\)"):
-        saved({"net": {"w": W}, "epoch": 1})
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_a_pickled_module_is_read_as_its_state_dict(tmp_path: Path, protocol: int) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2), torch.nn.Linear(2, 2, bias=False))
+    model[1].register_buffer("passing", torch.ones(2), persistent=False)
+    torch.save({"model": model, "ema": None, "epoch": 3}, tmp_path / "x.pt", pickle_protocol=protocol)
+    with open_weights(tmp_path / "x.pt") as weights:
+        assert {name: handle.words().tobytes() for name, handle in weights.items()} == {
+            name: words_of(tensor).tobytes() for name, tensor in model.state_dict().items()
+        }
 
 
-def test_torchscript_is_refused(tmp_path: Path, hostile_module: ModuleType) -> None:
-    records = {"data.pkl": hostile_module.pickled({}), "constants.pkl": hostile_module.pickled(())}
-    (tmp_path / "x.pt").write_bytes(hostile_module.archive(None, records))
-    with pytest.raises(FormatError, match="TorchScript"):
+@pytest.mark.filterwarnings("ignore:.*deprecated:DeprecationWarning")
+def test_torchscript_is_read_as_plain_data(tmp_path: Path) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2)).eval()
+    script = torch.jit.script(model)
+    script.save(tmp_path / "x.pt")
+    with open_weights(tmp_path / "x.pt") as weights:
+        assert {name: handle.words().tobytes() for name, handle in weights.items()} == {
+            name: words_of(tensor).tobytes() for name, tensor in model.state_dict().items()
+        }
+    # Freezing makes constants of the weights.
+    torch.jit.freeze(script).save(tmp_path / "frozen.pt")
+    with open_weights(tmp_path / "frozen.pt") as weights:
+        assert {handle.elements for handle in weights.values()} >= {6, 2}
+
+
+class Script(torch.Tensor):
+    """A tensor that keeps its weights in tensors of its own, as those of quantising libraries do."""
+
+    @staticmethod
+    def __new__(cls, packed: torch.Tensor) -> Script:
+        return torch.Tensor._make_wrapper_subclass(cls, (4, 2 * len(packed)), dtype=torch.bfloat16)
+
+    def __init__(self, packed: torch.Tensor) -> None:
+        self.packed = packed
+
+    @classmethod
+    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is torch.ops.aten.detach.default:
+            return cls(args[0].packed)
+        raise NotImplementedError(function)
+
+
+def test_tensors_that_pack_their_weights_are_listed(saved: Any) -> None:
+    packed = Script(torch.zeros(8, dtype=torch.uint8))
+    for weights in (saved({"w": W, "packed": packed}), open_weights({"w": W, "packed": packed})):
+        assert list(weights) == ["w"]
+        assert [(item.name, item.role, item.shape) for item in weights.skipped] == [("packed", "packed", (4, 16))]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("convert", [dynamic, static])
+def test_quantised_modules_are_read_as_their_integers(saved: Any, convert: Any) -> None:
+    model = convert()
+    live, states = open_weights(model), open_weights(model.state_dict())
+    assert live.elements > 8 * 16
+    assert {name: (handle.dtype, handle.words().tobytes()) for name, handle in live.items()} == {
+        name: (handle.dtype, handle.words().tobytes()) for name, handle in states.items()
+    }
+    weights = saved(model.state_dict())
+    assert {name: (handle.dtype, handle.words().tobytes()) for name, handle in weights.items()} == {
+        name: (handle.dtype, handle.words().tobytes()) for name, handle in states.items()
+    }
+    assert torch.int8 in {handle.dtype for handle in weights.values()}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_packed_recurrent_weights_are_listed(saved: Any) -> None:
+    model = torch.nn.Sequential(torch.nn.LSTM(3, 4), torch.nn.LayerNorm(4))
+    torch.ao.quantization.quantize_dynamic(model, {torch.nn.LSTM}, dtype=torch.qint8, inplace=True)
+    for weights in (open_weights(model), open_weights(model.state_dict()), saved(model.state_dict())):
+        assert list(weights) == ["1.bias", "1.weight"]
+        assert [(item.name, item.role) for item in weights.skipped] == [("0._all_weight_values.0.param", "packed")]
+
+
+def test_several_archives_in_one_file_are_refused(tmp_path: Path) -> None:
+    for legacy in (False, True):
+        with (tmp_path / "x.pt").open("wb") as file:
+            torch.save({"a": torch.ones(1000)}, file, _use_new_zipfile_serialization=not legacy)
+            torch.save({"b": W}, file, _use_new_zipfile_serialization=not legacy)
+        with pytest.raises(FormatError, match="save each to a file of its own"):
+            open_weights(tmp_path / "x.pt")
+    with (tmp_path / "x.pt").open("wb") as file:
+        torch.save({"a": W}, file)
+        torch.save({"b": W}, file, _use_new_zipfile_serialization=False)
+    with pytest.raises(FormatError, match="follows its table of contents"):
         open_weights(tmp_path / "x.pt")

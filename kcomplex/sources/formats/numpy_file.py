@@ -75,7 +75,7 @@ class NpzFile:
         if kind == "zip":
             names = zip_names(path)
             by_content = any(name.endswith(".npy") for name in names)
-            return (by_content or path.suffix == ".npz") and not is_torch_archive(names)
+            return (by_content or (path.suffix == ".npz" and not names)) and not is_torch_archive(names)
         return kind == "unknown" and path.suffix == ".npz" and path.is_file()
 
     @staticmethod

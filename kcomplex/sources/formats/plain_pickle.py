@@ -206,6 +206,8 @@ def _name(module: str, attribute: str) -> Name:
 
 def _call(function: Any, arguments: tuple[Any, ...]) -> Any:
     path = function.path if isinstance(function, Name) else type(_expect(function, Call)).__name__
+    if path in ("builtins.set", "builtins.frozenset") and len(arguments) == 1 and isinstance(arguments[0], list):
+        return arguments[0]
     if path != "collections.OrderedDict":
         return Call(path, arguments)
     mapping: dict[Any, Any] = {}

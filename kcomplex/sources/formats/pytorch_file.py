@@ -72,7 +72,11 @@ class PyTorchFile:
         with guarded(path), ExitStack() as stack:
             file = StoredFile(path)
             stack.callback(file.close)
-            contents = _archive(path, file) if kind_of(path) == "zip" else _legacy(file)
+            kind = kind_of(path)
+            if kind == "unknown":
+                head = file.head(8).read().hex(" ")
+                raise Refused(f"begins with {head}, as no file of torch.save does, nor any other that is known")
+            contents = _archive(path, file) if kind == "zip" else _legacy(file)
             handles, skipped = _handles(path, contents, root)
             resources = stack.pop_all()
         return Weights(handles, skipped, str(path), resources)

@@ -51,7 +51,9 @@ _OTHER_TENSORS = {
     "torch._utils._rebuild_device_tensor_from_cpu_tensor": "tensor of a device without storages",
     "torch._utils._rebuild_device_tensor_from_numpy": "tensor of a device without storages",
     "torch._utils._rebuild_wrapper_subclass": "tensor of a class that packs its weights: not measured",
+    "torch.ScriptObject": "its weights are packed, and not measured",
 }
+_PACKED = {"torch._utils._rebuild_qtensor", "torch._utils._rebuild_wrapper_subclass", "torch.ScriptObject"}
 _TENSORS = {
     "torch._utils._rebuild_tensor": 4,
     "torch._utils._rebuild_tensor_v2": 6,
@@ -249,12 +251,14 @@ def stored_tensor(value: Any) -> StoredTensor | str:
     call = _unwrapped(value)
     if call.function in _TENSORS:
         return _strided(call.function, call.arguments)
-    return _OTHER_TENSORS.get(call.function, "tensor of an unknown kind")
+    if call.function not in _OTHER_TENSORS:
+        raise Refused("the pickle is corrupted: a tensor's description makes no sense")
+    return _OTHER_TENSORS[call.function]
 
 
 def is_packed(value: Any) -> bool:
     """Return whether a tensor's weights are packed in a way that isn't read."""
-    return _unwrapped(value).function in (_QUANTISED, "torch._utils._rebuild_wrapper_subclass")
+    return _unwrapped(value).function in _PACKED
 
 
 def _is_tensor(value: Any) -> bool:

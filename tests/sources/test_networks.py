@@ -1,0 +1,175 @@
+"""Which part of a checkpoint is the network, in a file and in memory: at any depth, among other things, or refused."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from kcomplex.errors import KComplexError
+from kcomplex.sources.files import open_path
+from kcomplex.sources.state_dicts import state_dict_weights
+from kcomplex.weights import Weights
+
+Opened = Callable[..., Weights]
+
+
+@pytest.fixture(params=["zip", "legacy", "memory"])
+def opened(request: pytest.FixtureRequest, tmp_path: Path) -> Opened:
+    """A function that opens a checkpoint from a file, or as it is."""
+
+    def open_as(value: Any, root: str = "") -> Weights:
+        if request.param == "memory":
+            return state_dict_weights(value, root=root)
+        torch.save(value, tmp_path / "x.pt", _use_new_zipfile_serialization=request.param == "zip")
+        return open_path(str(tmp_path / "x.pt"), root)
+
+    return open_as
+
+
+def net(size: int = 4) -> dict[str, torch.Tensor]:
+    return {"0.weight": torch.randn(size, size), "0.bias": torch.zeros(size)}
+
+
+def optimiser() -> dict[str, Any]:
+    layer = nn.Linear(4, 4)
+    adam = torch.optim.Adam(layer.parameters())
+    layer(torch.ones(4)).sum().backward()
+    adam.step()
+    return adam.state_dict()
+
+
+NET = ["0.bias", "0.weight"]
+PLAIN = {
+    "lightning": {"state_dict": net(), "epoch": 3, "optimizer_states": [optimiser()], "callbacks": {"best": "a"}},
+    "timm": {"state_dict": net(), "state_dict_ema": net(), "optimizer": optimiser(), "arch": "x", "metric": 1.0},
+    "resemblyzer": {"model_state": net(), "step": 3, "optimizer_state": optimiser()},
+    "deepspeed": {"module": net(), "optimizer": None, "lr_scheduler": {"last": 3}, "ds_version": "0"},
+    "fairseq": {"args": argparse.Namespace(), "model": net(), "last_optimizer_state": optimiser()},
+    "detectron": {"model": net(), "optimizer": optimiser(), "scheduler": {}, "iteration": 3},
+    "bag of tricks": {"net": net(), "acc": torch.tensor(0.9), "epoch": torch.tensor(3)},
+    "params": {"params": net(), "params_ema": net()},
+    "dino": {"student": net(), "teacher": net(), "optimizer": optimiser(), "dino_loss": {"center": torch.ones(1, 4)}},
+    "average alone": {"ema": net(), "step": 3},
+    "empty first": {"state_dict": {}, "model": net()},
+    "unknown key": {"my_wonderful_thing": net(), "steps": 3, "rng_state": torch.zeros(5056, dtype=torch.uint8)},
+    "deep": {"checkpoint": {"model": {"state_dict": net(), "epoch": 1}}, "optimizer": optimiser()},
+    "rounds": {"global_step": 1, "model_state_dict": net(), "scaler": {"scale": torch.tensor(2.0**16)}},
+    "best": {"model": net(), "best_model": net()},
+    "list of one": [net()],
+    "fastai": {"model": net(), "opt": optimiser()},
+    "pair": (net(), optimiser()),
+    "loss beside": {"model": net(), "criterion": {"weight": torch.ones(3, 3)}},
+    "random states": {"model": net(), "rng": {"cpu": torch.zeros(100), "cuda": [torch.zeros(100)]}},
+}
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_the_network_is_plainly_there(opened: Opened, name: str) -> None:
+    weights = opened(PLAIN[name])
+    assert list(weights) == NET
+    assert not {item.name for item in weights.skipped} & set(NET)
+
+
+@pytest.mark.parametrize(
+    ("parts", "names"),
+    [
+        ({"model": {"en": net(), "de": net()}}, ["de.0.bias", "de.0.weight", "en.0.bias", "en.0.weight"]),
+        ({"model": {"a": [torch.ones(2), {"b": torch.ones(3)}]}, "epoch": 2}, ["a.0", "a.1.b"]),
+        ({"net": {1: {2: {"w": torch.ones(2)}}, "x": torch.ones(1)}}, ["1.2.w", "x"]),
+        ({"a": torch.ones(50), "b": {"c": torch.ones(2)}}, ["a", "b.c"]),
+        ([torch.ones(2), torch.ones(3)], ["0", "1"]),
+        ({"model": {"model": {"w": torch.ones(3)}, "head": {"w": torch.zeros(3)}}}, ["head.w", "model.w"]),
+    ],
+)  # fmt: skip
+def test_nested_names_are_joined(opened: Opened, parts: Any, names: list[str]) -> None:
+    assert list(opened(parts)) == names
+
+
+SEVERAL = {
+    "gan": ({"G": net(), "D": net(), "G_optim": optimiser()}, ["'G' (2 tensors, 20 weights)", "'D'"]),
+    "stylegan": ({"g": net(), "d": net(), "g_ema": net()}, ["'g'", "'d'", "'g_ema'"]),
+    "named gan": ({"generator": net(), "discriminator": net()}, ["'generator'", "'discriminator'"]),
+    "one is known": ({"model": net(), "discriminator": net()}, ["'model'", "'discriminator'"]),
+    "a layer apart": ({"model": net(), "head": net()}, ["'model'", "'head'"]),
+    "translation": ({"model": net(), "generator": net(), "vocab": {}}, ["'model'", "'generator'"]),
+    "reinforcement": ({"actor": net(), "critic": net()}, ["'actor'", "'critic'"]),
+    "ensemble": ([net(), net()], ["'0'", "'1'"]),
+    "lists": ({"weights": [torch.ones(2)], "biases": [torch.ones(2)]}, ["'weights'", "'biases'"]),
+    "sequence to sequence": ({"en": net(), "de": net(), "en_opt": optimiser()}, ["'en'", "'de'"]),
+    "deep": ({"state": {"a": net(), "model": net(), "net": net()}}, ["'state.a'", "'state.model'"]),
+    "much beside": ({"state_dict": net(), "other": {"w": torch.ones(99)}}, ["'state_dict'", "'other'"]),
+}
+
+
+@pytest.mark.parametrize("name", SEVERAL)
+def test_several_networks_are_refused_with_their_roots(opened: Opened, name: str) -> None:
+    value, roots = SEVERAL[name]
+    with pytest.raises(KComplexError, match="several networks") as caught:
+        opened(value)
+    for root in ["--root", *roots]:
+        assert root in str(caught.value)
+
+
+def test_a_root_says_which(opened: Opened) -> None:
+    value = {"G": {"a.b": {"w": torch.ones(2)}, "a": {"c": {"w": torch.ones(3)}}}, "D": net(), "best.model": net(2)}
+    assert {name: handle.shape for name, handle in opened(value, "G.a.b").items()} == {"w": (2,)}
+    assert {name: handle.shape for name, handle in opened(value, "G.a.c").items()} == {"w": (3,)}
+    assert list(opened(value, "best.model")) == list(opened(value, "D")) == NET
+    assert len(opened(value, ".")) == 6
+    assert len(opened(value, "G.")) == 2
+    with pytest.raises(KComplexError, match=r"nothing is at the root 'E'\. .*'G' \(2 tensors"):
+        opened(value, "E")
+
+
+def test_a_root_may_be_what_is_never_taken_by_itself(opened: Opened) -> None:
+    value = {"model": net(), "ema": net(3), "optimizer": optimiser()}
+    assert opened(value, "ema")["0.weight"].shape == (3, 3)
+    assert "0.exp_avg" in opened(value, "optimizer")
+
+
+def test_a_root_of_flat_names_is_their_beginning(opened: Opened, tmp_path: Path) -> None:
+    value = {"encoder.w": torch.ones(2), "encoder.b": torch.ones(1), "decoder.w": torch.ones(3)}
+    assert list(opened(value, "encoder")) == ["b", "w"]
+    from safetensors.torch import save_file
+
+    save_file(value, tmp_path / "x.safetensors")
+    with open_path(str(tmp_path / "x.safetensors"), "encoder") as weights:
+        assert {name: handle.shape for name, handle in weights.items()} == {"b": (1,), "w": (2,)}
+    with pytest.raises(KComplexError, match=r"no name begins with the root 'coder'; there are decoder\.w"):
+        open_path(str(tmp_path / "x.safetensors"), "coder")
+
+
+def test_what_is_left_out_has_its_role(opened: Opened) -> None:
+    weights = opened({"model": net(), "ema": net(), "optimizer": optimiser(), "acc": torch.tensor(1.0), "epoch": 3})
+    roles = {item.name: (item.role, item.shape) for item in weights.skipped}
+    assert roles["ema.0.weight"] == ("copy", (4, 4))
+    assert roles["optimizer.state.0.exp_avg"] == ("optimiser", (4, 4))
+    assert roles["acc"] == ("other", ())
+    assert roles["epoch"] == ("other", None)
+
+
+@pytest.mark.parametrize("value", [optimiser(), {"optimizer": optimiser(), "scheduler": {"last": 1}}, {"epoch": 3}])
+def test_a_file_without_a_network_is_refused(opened: Opened, value: Any) -> None:
+    with pytest.raises(KComplexError, match=r"no network|no tensor"):
+        opened(value)
+
+
+def test_work_is_bounded_where_parts_are_nested_many_times(opened: Opened) -> None:
+    part: Any = {"w": torch.ones(2)}
+    for _ in range(60):
+        part = {"a": part, "b": part}
+    with pytest.raises(KComplexError, match="more entries, or longer names, than any checkpoint has"):
+        opened({"model": part})
+
+
+def test_a_part_may_hold_itself(opened: Opened) -> None:
+    value: dict[str, Any] = {"w": torch.ones(2)}
+    value["again"] = value
+    weights = opened({"model": value})
+    assert {name: handle.aliases for name, handle in weights.items()} == {"again.w": ("w",)}
