@@ -11,7 +11,6 @@ from kcomplex.registry import registry
 from kcomplex.sources.folders import contents_of, part_of
 from kcomplex.sources.formats.content import foreign_kind
 from kcomplex.sources.formats.guard import brief
-from kcomplex.sources.packed import without_packed
 from kcomplex.weights import Weights
 
 
@@ -86,7 +85,7 @@ def open_path(path: str, root: str = "") -> Weights:
             continue
         try:
             if reader.recognises(where):
-                return without_packed(reader.open(where, root))
+                return reader.open(where, root)
         except OSError as error:
             raise FormatError(f"{path}: can't be read: {error.strerror or error}") from error
     try:

@@ -214,6 +214,8 @@ class _Finder:
         loose = _sum(self._tree.size(part) for name, part in counted.items() if name not in nested)
         whole = _sum(self._tree.size(parts[name]) for name in nested)
         known = [name for name in nested if self._is_network(name, parts[name])]
+        if nested and not trusted and (empty := [name for name, part in parts.items() if self._is_empty(name, part)]):
+            raise Refused(f"{empty[0]!r:.100} is empty, where the network should be. {self._roots(path, parts)}")
         if not nested:
             if parts and not any(self._tree.size(part).tensors for name, part in parts.items() if name not in aside):
                 raise Refused(f"no tensor is in it that could be of a network. {self._roots(path, parts)}")
@@ -238,6 +240,10 @@ class _Finder:
     def _is_network(self, name: str, part: Any) -> bool:
         plain = not isinstance(part, (list, tuple))
         return plain and _NETWORK.fullmatch(name) is not None and _LOSS.search(name) is None
+
+    def _is_empty(self, name: str, part: Any) -> bool:
+        empty = not isinstance(part, (list, tuple)) and self._tree.parts(part) == {}
+        return empty and _NETWORK.fullmatch(name) is not None
 
     def _has_layers(self, value: Any) -> bool:
         """Return whether a matrix is in a part that is called as layers of torch call theirs."""

@@ -12,6 +12,7 @@ import torch
 from kcomplex.errors import KComplexError, WeightsError
 from kcomplex.sources.files import open_path
 from kcomplex.sources.modules import module_weights
+from kcomplex.sources.packed import unpacked
 from kcomplex.sources.roles import with_roles
 from kcomplex.sources.state_dicts import state_dict_weights
 from kcomplex.weights import Weights, as_patterns
@@ -76,7 +77,7 @@ def open_weights(
         return source.select(include, exclude, trainable=trainable) if _chosen(include, exclude, trainable) else source
     weights = _read(source, root)
     try:
-        weights = with_roles(weights, as_patterns(count), as_patterns(skip))
+        weights = with_roles(unpacked(weights), as_patterns(count), as_patterns(skip))
         return (
             weights.select(include, exclude, trainable=trainable) if _chosen(include, exclude, trainable) else weights
         )

@@ -34,15 +34,15 @@ def state_dict_weights(tensors: Mapping[str, Any], source: str = "state dict", r
 
     Raises
     ------
-    WeightsError
-        There are entries, but no tensor among them, or several networks; or a name isn't text.
+    FormatError
+        There are entries, but no tensor among them, or several networks; a name isn't valid Unicode.
     """
     if not tensors:
         return collect((), source)
     try:
         entries, skipped = find_network(_StateDicts(), tensors, root)
     except Refused as error:
-        raise WeightsError(f"{source}: {brief(str(error), 700)}") from error
+        raise FormatError(f"{source}: {brief(str(error), 700)}") from error
     return collect([Entry(name, value) for name, value in entries.items()], source, skipped)
 
 
@@ -107,11 +107,11 @@ def _keeps_integers(value: torch.Tensor) -> bool:
 
 def _integers(value: torch.Tensor) -> dict[str, Any]:
     """Return integers, scales and zero points of a quantised tensor."""
+    integers = value.int_repr()
     if value.qscheme() in (torch.per_tensor_affine, torch.per_tensor_symmetric):
-        scale, zero_point = value.q_scale(), value.q_zero_point()
-    else:
-        scale, zero_point = value.q_per_channel_scales(), value.q_per_channel_zero_points()
-    return {"int_repr": value.int_repr(), "scale": scale, "zero_point": zero_point}
+        return {"int_repr": integers, "scale": value.q_scale(), "zero_point": value.q_zero_point()}
+    scales, zero_points = value.q_per_channel_scales(), value.q_per_channel_zero_points()
+    return {"int_repr": integers, "scale": scales, "zero_point": zero_points}
 
 
 def below(weights: Weights, root: str) -> Weights:

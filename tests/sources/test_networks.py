@@ -56,7 +56,6 @@ PLAIN = {
     "params": {"params": net(), "params_ema": net()},
     "dino": {"student": net(), "teacher": net(), "optimizer": optimiser(), "dino_loss": {"center": torch.ones(1, 4)}},
     "average alone": {"ema": net(), "step": 3},
-    "empty first": {"state_dict": {}, "model": net()},
     "unknown key": {"my_wonderful_thing": net(), "steps": 3, "rng_state": torch.zeros(5056, dtype=torch.uint8)},
     "deep": {"checkpoint": {"model": {"state_dict": net(), "epoch": 1}}, "optimizer": optimiser()},
     "rounds": {"global_step": 1, "model_state_dict": net(), "scaler": {"scale": torch.tensor(2.0**16)}},
@@ -114,6 +113,13 @@ def test_several_networks_are_refused_with_their_roots(opened: Opened, name: str
         opened(value)
     for root in ["--root", *roots]:
         assert root in str(caught.value)
+
+
+def test_an_empty_network_beside_another_is_refused(opened: Opened) -> None:
+    value = {"state_dict": {}, "model": net(), "scheduler": {}}
+    with pytest.raises(KComplexError, match=r"'state_dict' is empty, .*--root KEY.*'model' \(2 tensors, 20 weights\)"):
+        opened(value)
+    assert list(opened(value, "model")) == NET
 
 
 def test_a_root_says_which(opened: Opened) -> None:
