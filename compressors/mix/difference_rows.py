@@ -18,13 +18,13 @@ from numpy.typing import NDArray
 
 from kcomplex.machine.compiled import compiled, compiled_in_place, inlined
 
-from ..tables.logistic import mass, natural_log
+from ..tables.logistic import natural_log
 from .binary_coder import code_integer_evenly
 from .bins import BINS, log_bin, signed_bin
-from .expectations import expect_farther, expect_outside, expect_over, expect_side, expect_upper
+from .expectations import Bound, bound, expect_farther, expect_outside, expect_over, expect_side, expect_upper
 from .float_rows import LARGEST, Fields, worth
 from .linear_prediction import Prediction, predict_rest
-from .logistic_mixing import Engine, Mixer, mixed_bit, new_mixer
+from .logistic_mixing import Decision, Engine, mixed_bit, new_mixer
 from .scales import (
     UNIT_LIMITS,
     Expected,
@@ -157,7 +157,7 @@ def new_difference_columns(width: int, scale: float) -> DifferenceColumns:
     )
 
 
-def new_difference_mixer() -> Mixer:
+def new_difference_mixer() -> np.record:
     """Return the mixer of a stream's first differences."""
     bounds, kinds = np.tile(np.array(_DISTANCE_BOUNDS), (_NODES.end, 1)), np.full(_NODES.end, _DISTANCE)
     bounds[_NODES.zero_flag] = bounds[_NODES.zero_sign] = bounds[_NODES.same_flag] = _FLAG_BOUNDS
@@ -165,7 +165,7 @@ def new_difference_mixer() -> Mixer:
     bounds[_NODES.side] = _SIDE_BOUNDS
     kinds[_NODES.zero_flag], kinds[_NODES.same_flag] = _ZERO, _SAME
     kinds[_NODES.zero_sign] = kinds[_NODES.side] = _SIDE
-    return new_mixer(bounds, kinds, _SIDE_SETS + 32)
+    return new_mixer(bounds, kinds, len(FIELDS), _SIDE_SETS + 32)
 
 
 @inlined
@@ -261,7 +261,7 @@ def code_difference_rows(
             off = _cut_off(value - centre)
             predict_rest(prediction, row, column, off)
             if told & _NUMBER:
-                learn(scales, column, _cut_off(value - known), abs(off), around.scale.per_scale)
+                learn(engine, scales, column, _cut_off(value - known), abs(off), around.scale.per_scale)
             columns.differences[0, column + 2] = off
             columns.told[0, column + 2] = told
         end_row(scales)
@@ -285,7 +285,7 @@ def _look_around(
     column: int,
     fields: Fields,
 ) -> _Around:
-    differences, log = columns.differences, engine.tables.log
+    differences, tables = columns.differences, engine.tables
     left, up = differences[0, column + 1], differences[1, column + 2]
     neighbours = (
         2.0 * abs(left)
@@ -299,7 +299,7 @@ def _look_around(
     low, high = _edge(base, fields), _edge(base + 1, fields)
     # Beyond the range of float64, places are worth the same.
     gap = max(high - low, _LEAST_GAP)
-    fineness = scale.log - natural_log(gap, log)
+    fineness = scale.log - natural_log(gap, tables)
     return _Around(
         scale,
         known,
@@ -310,7 +310,7 @@ def _look_around(
         min(max(int(np.floor(fineness * 1.4426950408889634)), 0), _HIGHEST - 2),
         left,
         up,
-        log_bin(natural_log(abs(known) * 0.125 + 1e-3, log), 3.0, UNIT_LIMITS.octave),
+        log_bin(natural_log(abs(known) * 0.125 + 1e-3, tables), 3.0, UNIT_LIMITS.octave),
         log_bin(fineness, 4.0, -6.0),
         min(max(int((centre - low) / gap * 16.0), 0), 15),
         int(min(abs(left) * scale.per_scale * 3.0, 11.0)),
@@ -332,19 +332,26 @@ def _code_place(
     unmoved = around.base
     if places.fields.zeros > 0:
         minus = -1 if places.fields.zeros == 2 else 0
-        if _code_zero_flag(engine, 0 if place == 0 or place == minus else 1, around, columns, column) == 0:
-            return (-_code_zero_sign(engine, 1 if place == minus else 0, around) if minus else 0), _MOVED
+        nonzero = 0 if place == 0 or place == minus else 1
+        nonzero = mixed_bit(engine, nonzero, _tell_zero_flag(engine, around, columns, column))
+        learn_share(columns.nonzero, column, nonzero)
+        if nonzero == 0:
+            return -mixed_bit(engine, -place, _tell_zero_sign(engine, around)) if minus else 0, _MOVED
     if places.same:
         unmoved = nearest(around.known, places.fields)
-        if _code_same_flag(engine, 0 if place == unmoved else 1, unmoved, around, columns, column, places.fields) == 0:
+        moved = 0 if place == unmoved else 1
+        moved = mixed_bit(engine, moved, _tell_same_flag(engine, unmoved, around, columns, column, places.fields))
+        learn_share(columns.moved, column, moved)
+        if moved == 0:
             return unmoved, _NUMBER
     # Whether the base is out of the question.
     beyond = places.same and unmoved == around.base
     if not beyond and around.octaves < _FINE:
         beyond = True
-        if _code_none_flag(engine, 0 if place == around.base else 1, around) == 0:
+        if mixed_bit(engine, 0 if place == around.base else 1, _tell_none_flag(engine, around)) == 0:
             return around.base, _NUMBER | _MOVED
-    backwards = _code_side(engine, scales, 1 if place < around.base else 0, around, column, beyond)
+    before = 1 if place < around.base else 0
+    backwards = mixed_bit(engine, before, _tell_side(engine, scales, around, column, beyond))
     toward = -1 if backwards else 1
     first = around.base + (toward if backwards or beyond else 0)
     _tell_distances(engine, around, backwards)
@@ -363,7 +370,7 @@ def _near_flags(columns: DifferenceColumns, column: int, which: int) -> int:
 @inlined
 def _tell_flags(engine: Engine, near: int, shares: Shares, column: int, bin: int) -> None:
     """Tell most contexts of a flag: what was told of entries near it, shares of row and column, and one more."""
-    slots = engine.slots
+    slots = engine.mixer.slots
     row_share = row_share_bin(engine, shares, UNIT_LIMITS.octave) // 2
     column_share = column_share_bin(engine, shares, column, UNIT_LIMITS.octave) // 2
     slots[1] = near
@@ -379,66 +386,58 @@ def _tell_flags(engine: Engine, near: int, shares: Shares, column: int, bin: int
 
 
 @inlined
-def _code_zero_flag(engine: Engine, flag: int, around: _Around, columns: DifferenceColumns, column: int) -> int:
-    """Return 0 for a zero."""
+def _tell_zero_flag(engine: Engine, around: _Around, columns: DifferenceColumns, column: int) -> Decision:
+    """Tell the contexts of whether an entry isn't zero."""
     near = _near_flags(columns, column, _NUMBER)
     expect_share(engine, columns.nonzero, column)
     _tell_flags(engine, near, columns.nonzero, column, around.known_bin)
-    engine.slots[11] = around.scale.bin
-    flag = mixed_bit(engine, flag, _NODES.zero_flag, around.known_bin, near)
-    learn_share(columns.nonzero, column, flag)
-    return flag
+    engine.mixer.slots[11] = around.scale.bin
+    return _NODES.zero_flag, around.known_bin, near
 
 
 @inlined
-def _code_zero_sign(engine: Engine, negative: int, around: _Around) -> int:
-    """Return 1 for a negative zero."""
+def _tell_zero_sign(engine: Engine, around: _Around) -> Decision:
+    """Tell the contexts of whether a zero is negative."""
     near = 1 if around.known < 0.0 else 0
-    engine.parametric[0] = engine.parametric[1] = 0.5
-    engine.slots[1:] = near
-    return mixed_bit(engine, negative, _NODES.zero_sign, near, near)
+    engine.mixer.parametric[0] = engine.mixer.parametric[1] = 0.5
+    engine.mixer.slots[1:] = near
+    return _NODES.zero_sign, near, near
 
 
 @inlined
-def _code_same_flag(
-    engine: Engine,
-    flag: int,
-    unmoved: int,
-    around: _Around,
-    columns: DifferenceColumns,
-    column: int,
-    fields: Fields,
-) -> int:
-    """Return 0 for an entry that is as given."""
+def _tell_same_flag(
+    engine: Engine, unmoved: int, around: _Around, columns: DifferenceColumns, column: int, fields: Fields
+) -> Decision:
+    """Tell the contexts of whether an entry isn't as given."""
     near = _near_flags(columns, column, _MOVED)
-    expect_share(engine, columns.moved, column)
     low, high = _edge(unmoved, fields) - around.centre, _edge(unmoved + 1, fields) - around.centre
     per_scale = around.scale.per_scale
-    engine.parametric[1] = 1.0 - mass(low * per_scale, high * per_scale, engine.tables.laplace)
+    expect_outside(engine, bound(engine, low * per_scale), bound(engine, high * per_scale))
+    outside = engine.mixer.parametric[0]
+    expect_share(engine, columns.moved, column)
+    engine.mixer.parametric[1] = outside
     _tell_flags(engine, near, columns.moved, column, around.fine_bin)
-    engine.slots[11] = around.known_bin
-    flag = mixed_bit(engine, flag, _NODES.same_flag, around.fine_bin, near)
-    learn_share(columns.moved, column, flag)
-    return flag
+    engine.mixer.slots[11] = around.known_bin
+    return _NODES.same_flag, around.fine_bin, near
 
 
 @inlined
-def _code_none_flag(engine: Engine, flag: int, around: _Around) -> int:
-    """Return 0 for the place that is nearest to what is expected."""
-    scale, slots = around.scale, engine.slots
+def _tell_none_flag(engine: Engine, around: _Around) -> Decision:
+    """Tell the contexts of whether a place isn't the nearest to what is expected."""
+    scale, slots = around.scale, engine.mixer.slots
     low, high = around.low - around.centre, around.high - around.centre
-    expect_outside(engine, low * scale.per_scale, high * scale.per_scale)
+    expect_outside(engine, bound(engine, low * scale.per_scale), bound(engine, high * scale.per_scale))
     _tell_scales(engine, around)
     slots[6] = around.fine_bin * 12 + around.part_bin // 2
     slots[8] = around.known_bin
     slots[10] = (around.fine_bin // 2) * 16 + around.part_bin
-    return mixed_bit(engine, flag, _NODES.none_flag, around.fine_bin, around.fine_bin)
+    return _NODES.none_flag, around.fine_bin, around.fine_bin
 
 
 @inlined
 def _tell_scales(engine: Engine, around: _Around) -> None:
     """Tell the contexts that flags and distances have in common."""
-    scale, slots = around.scale, engine.slots
+    scale, slots = around.scale, engine.mixer.slots
     slots[1] = scale.bin
     slots[2] = scale.row_bin
     slots[3] = scale.column_bin
@@ -450,16 +449,9 @@ def _tell_scales(engine: Engine, around: _Around) -> None:
 
 
 @inlined
-def _code_side(
-    engine: Engine,
-    scales: Scales,
-    before: int,
-    around: _Around,
-    column: int,
-    beyond: bool,
-) -> int:
-    """Return 1 for a place before the base; ``beyond`` tells that it isn't the base itself."""
-    scale, slots, part_bin = around.scale, engine.slots, around.part_bin
+def _tell_side(engine: Engine, scales: Scales, around: _Around, column: int, beyond: bool) -> Decision:
+    """Tell the contexts of whether a place is before the base; ``beyond`` tells that it isn't the base itself."""
+    scale, slots, part_bin = around.scale, engine.mixer.slots, around.part_bin
     column_bin = signed_bin(column_tilt(scales, column, 1e-6), 8.0)
     row_bin = signed_bin(row_tilt(scales, 1e-6), 8.0)
     tilt = _tilt(around)
@@ -467,9 +459,9 @@ def _code_side(
     grown = _grown(around)
     if beyond:
         under, over = around.centre - around.low, around.high - around.centre
-        expect_side(engine, under * scale.per_scale, over * scale.per_scale)
+        expect_side(engine, bound(engine, under * scale.per_scale), bound(engine, over * scale.per_scale))
     else:
-        expect_over(engine, (around.centre - around.low) * scale.per_scale)
+        expect_over(engine, bound(engine, (around.centre - around.low) * scale.per_scale))
     slots[1] = near
     slots[2] = column_bin
     slots[3] = row_bin
@@ -481,7 +473,7 @@ def _code_side(
     slots[9] = near * 12 + around.left_bin
     slots[10] = near * 16 + part_bin
     slots[11] = (grown // 4) * 16 + part_bin
-    return mixed_bit(engine, before, _NODES.side, part_bin, _SIDE_SETS + part_bin)
+    return _NODES.side, part_bin, _SIDE_SETS + part_bin
 
 
 @inlined
@@ -504,7 +496,7 @@ def _grown(around: _Around) -> int:
 @inlined
 def _tell_distances(engine: Engine, around: _Around, backwards: int) -> None:
     """Tell the contexts of the number of places, seen from its side."""
-    scale, slots = around.scale, engine.slots
+    scale, slots = around.scale, engine.mixer.slots
     grown, part_bin, tilt = _grown(around), around.part_bin, _tilt(around)
     _tell_scales(engine, around)
     slots[6] = around.fine_bin * 12 + (15 - part_bin if backwards else part_bin) // 2
@@ -518,25 +510,27 @@ def _code_distance(engine: Engine, count: int, around: _Around, first: int, towa
     begin = around.octaves if around.octaves >= 2 else 1
     exponent = _code_distance_exponent(engine, count, begin, around, first, toward, fields)
     reached, below, prefix = 1 << exponent, exponent, 1
+    low = _end(engine, around, first, toward, reached, fields)
+    high = _end(engine, around, first, toward, 2 * reached, fields)
     apart = min(max(exponent - begin + 3, 0), 7)
     while below > 0 and exponent - below < _DEEPEST:
         half = 1 << (below - 1)
-        low = _end(around, first, toward, reached, fields)
-        middle = _end(around, first, toward, reached + half, fields)
-        high = _end(around, first, toward, reached + 2 * half, fields)
-        if high - low < _NARROW:
+        if high.distance - low.distance < _NARROW:
             break
+        middle = _end(engine, around, first, toward, reached + half, fields)
         expect_upper(engine, low, middle, high)
         node = _NODES.bits + apart * 8 + min(prefix, 7)
         bit = 1 if (count - reached) & half else 0
-        bit = mixed_bit(engine, bit, node, around.fine_bin, around.fine_bin)
+        bit = mixed_bit(engine, bit, (node, around.fine_bin, around.fine_bin))
         if bit:
-            reached += half
+            reached, low = reached + half, middle
+        else:
+            high = middle
         prefix = 2 * prefix + bit
         below -= 1
-    engine.spent[_LOWER] += below
+    engine.mixer.spent[_LOWER] += below
     rest = (count - reached) & ((1 << below) - 1)
-    return reached + code_integer_evenly(engine.decoding, engine.state, engine.data, rest, below)
+    return reached + code_integer_evenly(engine.coder, engine.data, rest, below)
 
 
 @inlined
@@ -547,15 +541,15 @@ def _code_distance_exponent(
     family = min(around.octaves, 5)
     exponent, floor, ceiling = begin, 0, -1
     while True:
-        low = _end(around, first, toward, 1 << floor, fields)
-        middle = _end(around, first, toward, 1 << exponent, fields)
+        low = _end(engine, around, first, toward, 1 << floor, fields)
+        middle = _end(engine, around, first, toward, 1 << exponent, fields)
         if ceiling < 0:
             expect_farther(engine, low, middle)
         else:
-            expect_upper(engine, low, middle, _end(around, first, toward, 1 << ceiling, fields))
+            expect_upper(engine, low, middle, _end(engine, around, first, toward, 1 << ceiling, fields))
         node = _NODES.exponents + family * 24 + min(max(exponent - begin + 12, 0), 23)
         bit = 1 if count >= 1 << exponent else 0
-        if mixed_bit(engine, bit, node, around.fine_bin, around.fine_bin):
+        if mixed_bit(engine, bit, (node, around.fine_bin, around.fine_bin)):
             floor = exponent
             if ceiling >= 0 or exponent == _HIGHEST:
                 return floor
@@ -568,7 +562,7 @@ def _code_distance_exponent(
 
 
 @inlined
-def _end(around: _Around, first: int, toward: int, count: int, fields: Fields) -> float:
+def _end(engine: Engine, around: _Around, first: int, toward: int, count: int, fields: Fields) -> Bound:
     """Return how far the nearer end of a place, counted from the first one on, is from what is expected, in scales."""
     place = first - (count - 1) + 1 if toward < 0 else first + (count - 1)
-    return (_edge(place, fields) - around.centre) * float(toward) * around.scale.per_scale
+    return bound(engine, (_edge(place, fields) - around.centre) * float(toward) * around.scale.per_scale)

@@ -31,7 +31,6 @@ from .integers import new_integer_memory
 from .line import Line, fitted_line, ordinary, read_line
 from .low_rank import STEP, Directions, LowRank, directions, read_low_rank
 from .matrix import Integers, MatrixModel, Memory, RowModel, decode_matrix, encode_matrix
-from .scales import new_regression
 
 _MODERATE, _SAME, _ZEROS, _NEGATIVE_ZEROS, _OFFSET, _LOW_RANK = 1, 8, 16, 32, 64, 128
 # There are more places of float64 than are told apart: those below 2, or zeros and those from 2**-510 to 2**512, which
@@ -66,9 +65,7 @@ class DifferenceMemory(Memory):
     def copy(self) -> DifferenceMemory:
         """Return a copy for a trial."""
         plain = super().copy()
-        return DifferenceMemory(
-            plain.mixer, plain.regression, plain.eager, plain.column_scales, plain.covariances, self.factors.copy()
-        )
+        return DifferenceMemory(plain.mixer, plain.eager, plain.column_scales, plain.covariances, self.factors.copy())
 
     def become(self, other: Memory) -> None:
         """Take over what another memory, not used any more, has learned."""
@@ -79,7 +76,7 @@ class DifferenceMemory(Memory):
 
 def new_difference_memory() -> DifferenceMemory:
     """Return the memory of a stream's first differences."""
-    return DifferenceMemory(new_difference_mixer(), new_regression(), eager=True)
+    return DifferenceMemory(new_difference_mixer(), eager=True)
 
 
 @dataclass

@@ -1,56 +1,101 @@
 """What Laplace and normal distributions of mean magnitude one expect of a decision about a number.
 
-Each function sets both probabilities that a bit is one, `Engine.parametric`. Bounds are distances from what is
-expected of the number, in units of the expected magnitude.
+Each function sets both probabilities that a bit is one, ``Mixer.parametric``, from what the distributions hold beyond
+bounds.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from kcomplex.machine.compiled import inlined
 
-from ..tables.logistic import mass, survival
 from .logistic_mixing import Engine
 
 
+class Bound(NamedTuple):
+    """A bound between two numbers.
+
+    Attributes
+    ----------
+    distance
+        How far it is over what is expected of the number, in units of the expected magnitude.
+    laplace, normal
+        Share of each distribution that is farther away, on the same side.
+    """
+
+    distance: float
+    laplace: float
+    normal: float
+
+
 @inlined
-def expect_outside(engine: Engine, low: float, high: float) -> None:
+def bound(engine: Engine, distance: float) -> Bound:
+    """Return the bound at a distance."""
+    laplace, normal, place = engine.tables.laplace, engine.tables.normal, abs(distance) * 64.0
+    if place >= 4096.0:
+        return Bound(distance, 0.0, 0.0)
+    index = int(place)
+    part = place - index
+    return Bound(
+        distance,
+        laplace[index] + (laplace[index + 1] - laplace[index]) * part,
+        normal[index] + (normal[index + 1] - normal[index]) * part,
+    )
+
+
+@inlined
+def expect_outside(engine: Engine, low: Bound, high: Bound) -> None:
     """Expect a number outside two bounds."""
-    engine.parametric[0] = 1.0 - mass(low, high, engine.tables.laplace)
-    engine.parametric[1] = 1.0 - mass(low, high, engine.tables.normal)
+    engine.mixer.parametric[0] = 1.0 - _mass(low.distance, low.laplace, high.distance, high.laplace)
+    engine.mixer.parametric[1] = 1.0 - _mass(low.distance, low.normal, high.distance, high.normal)
 
 
 @inlined
-def expect_over(engine: Engine, bound: float) -> None:
+def expect_over(engine: Engine, bound: Bound) -> None:
     """Expect a number over a bound."""
-    engine.parametric[0] = survival(bound, engine.tables.laplace)
-    engine.parametric[1] = survival(bound, engine.tables.normal)
+    engine.mixer.parametric[0] = _over(bound.distance, bound.laplace)
+    engine.mixer.parametric[1] = _over(bound.distance, bound.normal)
 
 
 @inlined
-def expect_side(engine: Engine, toward: float, away: float) -> None:
+def expect_side(engine: Engine, toward: Bound, away: Bound) -> None:
     """Expect a number on the one of two sides, knowing that it is farther away than the bound of its side."""
-    one, other = survival(toward, engine.tables.laplace), survival(away, engine.tables.laplace)
-    engine.parametric[0] = _share(one, one + other)
-    one, other = survival(toward, engine.tables.normal), survival(away, engine.tables.normal)
-    engine.parametric[1] = _share(one, one + other)
+    one, other = _over(toward.distance, toward.laplace), _over(away.distance, away.laplace)
+    engine.mixer.parametric[0] = _share(one, one + other)
+    one, other = _over(toward.distance, toward.normal), _over(away.distance, away.normal)
+    engine.mixer.parametric[1] = _share(one, one + other)
 
 
 @inlined
-def expect_farther(engine: Engine, low: float, middle: float) -> None:
+def expect_farther(engine: Engine, low: Bound, middle: Bound) -> None:
     """Expect a number over one bound, knowing that it is over a lower one."""
-    for_laplace = survival(low, engine.tables.laplace)
-    engine.parametric[0] = _share(survival(middle, engine.tables.laplace), for_laplace)
-    for_normal = survival(low, engine.tables.normal)
-    engine.parametric[1] = _share(survival(middle, engine.tables.normal), for_normal)
+    over = _over(middle.distance, middle.laplace)
+    engine.mixer.parametric[0] = _share(over, _over(low.distance, low.laplace))
+    over = _over(middle.distance, middle.normal)
+    engine.mixer.parametric[1] = _share(over, _over(low.distance, low.normal))
 
 
 @inlined
-def expect_upper(engine: Engine, low: float, middle: float, high: float) -> None:
+def expect_upper(engine: Engine, low: Bound, middle: Bound, high: Bound) -> None:
     """Expect a number over the middle, knowing that it is between two bounds."""
-    for_laplace = mass(low, high, engine.tables.laplace)
-    engine.parametric[0] = _share(mass(middle, high, engine.tables.laplace), for_laplace)
-    for_normal = mass(low, high, engine.tables.normal)
-    engine.parametric[1] = _share(mass(middle, high, engine.tables.normal), for_normal)
+    upper = _mass(middle.distance, middle.laplace, high.distance, high.laplace)
+    engine.mixer.parametric[0] = _share(upper, _mass(low.distance, low.laplace, high.distance, high.laplace))
+    upper = _mass(middle.distance, middle.normal, high.distance, high.normal)
+    engine.mixer.parametric[1] = _share(upper, _mass(low.distance, low.normal, high.distance, high.normal))
+
+
+@inlined
+def _over(distance: float, beyond: float) -> float:
+    return beyond if distance >= 0.0 else 1.0 - beyond
+
+
+@inlined
+def _mass(low: float, beyond_low: float, high: float, beyond_high: float) -> float:
+    """Return the share between two bounds, from the tail where it keeps its digits."""
+    if low < 0.0 and high <= 0.0:
+        return beyond_high - beyond_low
+    return _over(low, beyond_low) - _over(high, beyond_high)
 
 
 @inlined

@@ -17,9 +17,9 @@ from kcomplex.machine.compiled import compiled_in_place, inlined
 from ..tables.logistic import natural_log
 from .binary_coder import code_integer_evenly
 from .bins import BINS, log_bin, signed_bin
-from .expectations import expect_over, expect_upper
+from .expectations import Bound, bound, expect_over, expect_upper
 from .linear_prediction import Prediction, predict_rest
-from .logistic_mixing import Engine, Mixer, mixed_bit, new_mixer
+from .logistic_mixing import Decision, Engine, mixed_bit, new_mixer
 from .scales import (
     UNIT_LIMITS,
     Expected,
@@ -158,7 +158,7 @@ def new_float_columns(width: int, scale: float) -> FloatColumns:
     )
 
 
-def new_float_mixer() -> Mixer:
+def new_float_mixer() -> np.record:
     """Return the mixer of a stream's first floats."""
     bounds, kinds = np.empty((_NODES.end, len(_SIGN_BOUNDS)), np.int64), np.full(_NODES.end, _EXPONENT)
     bounds[: _NODES.mantissas] = _EXPONENT_BOUNDS
@@ -171,7 +171,7 @@ def new_float_mixer() -> Mixer:
     kinds[_NODES.mantissas : _NODES.zero_flag] = _UPPER
     kinds[_NODES.zero_flag], kinds[_NODES.trailing_flag] = _ZERO, _LOWER
     kinds[_NODES.sign] = kinds[_NODES.zero_sign] = _SIGN
-    return new_mixer(bounds, kinds, _FLAG_SETS + 32)
+    return new_mixer(bounds, kinds, len(FIELDS), _FLAG_SETS + 32)
 
 
 @inlined
@@ -215,22 +215,28 @@ def code_float_rows(
             negative, pattern = (word >> total) & 1, word & ((1 << total) - 1)
             around = _look_around(engine, scales, float(prediction.expected[row, column]), columns, column)
             value, trailing, residual = 0.0, 0, around.scale.scale
-            if fields.zeros > 0 and _code_zero_flag(engine, pattern, around, columns, column) == 0:
-                pattern = 0
-                negative = _code_zero_sign(engine, scales, negative, columns, column) if fields.zeros == 2 else 0
+            nonzero = 1
+            if fields.zeros > 0:
+                nonzero = mixed_bit(engine, min(pattern, 1), _tell_zero_flag(engine, around, columns, column))
+                learn_share(columns.nonzero, column, nonzero)
+            if nonzero == 0:
+                pattern, negative = 0, negative if fields.zeros == 2 else 0
+                if fields.zeros == 2:
+                    negative = mixed_bit(engine, negative, _tell_zero_sign(engine, scales, columns, column))
+                    _learn_zero_sign(columns, column, negative)
             else:
                 if fields.trailing > 0:
-                    trailing = _code_trailing_flag(engine, word, around, columns, column, fields)
-                negative = _code_sign(engine, scales, negative, around, column)
-                toward = around.centre if negative else -around.centre
-                aside = 31 - around.tilt if negative else around.tilt
-                exponent = _code_exponent(engine, pattern, around, toward, aside, fields)
-                upper = _code_mantissa(engine, pattern, exponent, around, toward, aside, trailing, fields)
+                    trailing = 1 if word & ((1 << fields.trailing) - 1) == 0 else 0
+                    trailing = mixed_bit(engine, trailing, _tell_trailing_flag(engine, around, columns, column))
+                    columns.shares[_ROW_TRAILING] += (float(trailing) - columns.shares[_ROW_TRAILING]) * 0.1
+                    columns.shares[_TRAILING] += (float(trailing) - columns.shares[_TRAILING]) * 0.001
+                negative = mixed_bit(engine, negative, _tell_sign(engine, scales, around, column))
+                upper = _code_upper_bits(engine, pattern, around, negative, trailing, fields)
                 pattern = _code_lower_bits(engine, pattern, upper, trailing, fields)
                 value = min(worth(pattern, fields), LARGEST)
                 value = -value if negative else value
                 residual = abs(value - around.centre)
-                learn(scales, column, value, residual, around.scale.per_scale)
+                learn(engine, scales, column, value, residual, around.scale.per_scale)
             rows[row, column] = negative << total | pattern
             predict_rest(prediction, row, column, value - around.centre)
             columns.values[0, column + 1] = value
@@ -272,9 +278,9 @@ def _look_around(engine: Engine, scales: Scales, centre: float, columns: FloatCo
 
 
 @inlined
-def _code_zero_flag(engine: Engine, pattern: int, around: _Around, columns: FloatColumns, column: int) -> int:
-    """Return 0 for a zero."""
-    slots, octave = engine.slots, UNIT_LIMITS.octave
+def _tell_zero_flag(engine: Engine, around: _Around, columns: FloatColumns, column: int) -> Decision:
+    """Tell the contexts of whether an entry isn't zero."""
+    slots, octave = engine.mixer.slots, UNIT_LIMITS.octave
     near = (1 if around.left != 0.0 else 0) + (2 if around.up != 0.0 else 0) + (4 if around.second != 0.0 else 0)
     expect_share(engine, columns.nonzero, column)
     row_bin = row_share_bin(engine, columns.nonzero, octave)
@@ -285,19 +291,17 @@ def _code_zero_flag(engine: Engine, pattern: int, around: _Around, columns: Floa
     slots[4] = row_bin * 32 + column_bin
     slots[5] = near * 32 + column_bin
     slots[6] = near * 32 + row_bin
-    slots[7] = log_bin(natural_log(engine.parametric[1], engine.tables.log), 8.0, octave)
-    nonzero = mixed_bit(engine, min(pattern, 1), _NODES.zero_flag, column_bin, _FLAG_SETS + near)
-    learn_share(columns.nonzero, column, nonzero)
-    return nonzero
+    slots[7] = log_bin(natural_log(engine.mixer.parametric[1], engine.tables), 8.0, octave)
+    return _NODES.zero_flag, column_bin, _FLAG_SETS + near
 
 
 @inlined
-def _code_zero_sign(engine: Engine, scales: Scales, negative: int, columns: FloatColumns, column: int) -> int:
-    """Return 1 for a negative zero."""
-    slots = engine.slots
+def _tell_zero_sign(engine: Engine, scales: Scales, columns: FloatColumns, column: int) -> Decision:
+    """Tell the contexts of whether a zero is negative."""
+    slots = engine.mixer.slots
     of_row, of_column = columns.shares[_ROW_NEGATIVE_ZEROS], columns.negative_zeros[column]
-    engine.parametric[0] = 0.5 * (of_column + of_row)
-    engine.parametric[1] = of_column
+    engine.mixer.parametric[0] = 0.5 * (of_column + of_row)
+    engine.mixer.parametric[1] = of_column
     near = columns.signs[0, column] + 2 * columns.signs[1, column + 1] + 4 * columns.signs[1, column + 2]
     column_bin, row_bin = int(of_column * 15.9), int(of_row * 15.9)
     slots[1] = near
@@ -307,22 +311,24 @@ def _code_zero_sign(engine: Engine, scales: Scales, negative: int, columns: Floa
     slots[5] = column_bin * 8 + near
     slots[6] = row_bin * 8 + near
     slots[7] = signed_bin(column_tilt(scales, column, 1e-6), 8.0)
-    negative = mixed_bit(engine, negative, _NODES.zero_sign, near, _FLAG_SETS + 12 + near)
-    columns.shares[_ROW_NEGATIVE_ZEROS] += (float(negative) - of_row) * 0.03
-    columns.negative_zeros[column] += (float(negative) - of_column) * 0.03
-    return negative
+    return _NODES.zero_sign, near, _FLAG_SETS + 12 + near
 
 
 @inlined
-def _code_trailing_flag(
-    engine: Engine, word: int, around: _Around, columns: FloatColumns, column: int, fields: Fields
-) -> int:
-    """Return 1 if the lowest bits are all zero."""
-    slots, shares = engine.slots, columns.shares
+def _learn_zero_sign(columns: FloatColumns, column: int, negative: int) -> None:
+    shares, of_columns = columns.shares, columns.negative_zeros
+    shares[_ROW_NEGATIVE_ZEROS] += (float(negative) - shares[_ROW_NEGATIVE_ZEROS]) * 0.03
+    of_columns[column] += (float(negative) - of_columns[column]) * 0.03
+
+
+@inlined
+def _tell_trailing_flag(engine: Engine, around: _Around, columns: FloatColumns, column: int) -> Decision:
+    """Tell the contexts of whether the lowest bits are all zero."""
+    slots, shares = engine.mixer.slots, columns.shares
     left, up = columns.trailing[0, column], columns.trailing[1, column + 1]
     near = left + 2 * up
     share = int(shares[_ROW_TRAILING] * 15.0)
-    engine.parametric[0] = engine.parametric[1] = within(shares[_ROW_TRAILING])
+    engine.mixer.parametric[0] = engine.mixer.parametric[1] = within(shares[_ROW_TRAILING])
     slots[1] = near
     slots[2] = share
     slots[3] = near * 16 + share
@@ -330,17 +336,13 @@ def _code_trailing_flag(
     slots[5] = up
     slots[6] = around.scale.bin
     slots[7] = share * (BINS // 2) + around.scale.bin // 2
-    flag = 1 if word & ((1 << fields.trailing) - 1) == 0 else 0
-    flag = mixed_bit(engine, flag, _NODES.trailing_flag, near, _FLAG_SETS + 8 + near)
-    shares[_ROW_TRAILING] += (float(flag) - shares[_ROW_TRAILING]) * 0.1
-    shares[_TRAILING] += (float(flag) - shares[_TRAILING]) * 0.001
-    return flag
+    return _NODES.trailing_flag, near, _FLAG_SETS + 8 + near
 
 
 @inlined
-def _code_sign(engine: Engine, scales: Scales, negative: int, around: _Around, column: int) -> int:
-    """Return 1 if the value is negative."""
-    slots, tilt = engine.slots, around.tilt
+def _tell_sign(engine: Engine, scales: Scales, around: _Around, column: int) -> Decision:
+    """Tell the contexts of whether a value is negative."""
+    slots, tilt = engine.mixer.slots, around.tilt
     column_bin = signed_bin(column_tilt(scales, column, 1e-6), 8.0)
     row_bin = signed_bin(row_tilt(scales, 1e-6), 8.0)
     slots[1] = (2 if around.left < 0.0 else 0) + (1 if around.up < 0.0 else 0)
@@ -350,22 +352,51 @@ def _code_sign(engine: Engine, scales: Scales, negative: int, around: _Around, c
     slots[5] = tilt * 32 + column_bin
     slots[6] = column_bin * 32 + row_bin
     slots[7] = tilt * 16 + around.scale.bin // 6
-    expect_over(engine, around.centre * around.scale.per_scale)
-    return mixed_bit(engine, negative, _NODES.sign, tilt, _SIGN_SETS + tilt)
+    expect_over(engine, bound(engine, around.centre * around.scale.per_scale))
+    return _NODES.sign, tilt, _SIGN_SETS + tilt
 
 
 @inlined
-def _code_exponent(engine: Engine, pattern: int, around: _Around, toward: float, aside: int, fields: Fields) -> int:
-    """Return the exponent field.
+def _beyond(engine: Engine, pattern: int, around: _Around, toward: float, fields: Fields) -> Bound:
+    """Return the bound at a magnitude."""
+    return bound(engine, (worth(pattern, fields) + toward) * around.scale.per_scale)
 
-    Parameters
-    ----------
-    toward
-        How far zero is from what is expected, on the side of the sign.
-    aside
-        The bin of that.
-    """
-    scale, slots = around.scale, engine.slots
+
+@inlined
+def _code_upper_bits(
+    engine: Engine, pattern: int, around: _Around, negative: int, trailing: int, fields: Fields
+) -> int:
+    """Return the exponent field and the bits of the mantissa that are modelled."""
+    bin, total = around.scale.bin, fields.exponent_bits + fields.mantissa_bits
+    # How far zero is from what is expected, on the side of the sign, and the bin of that.
+    toward = around.centre if negative else -around.centre
+    aside = 31 - around.tilt if negative else around.tilt
+    _tell_exponent(engine, around, aside)
+    # Were it a constant, what is called with it would be compiled for that too.
+    known = int(np.int64(0))
+    low, high = bound(engine, toward * around.scale.per_scale), _beyond(engine, 1 << total, around, toward, fields)
+    for place in range(fields.exponent_bits + min(MODELLED, fields.mantissa_bits)):
+        depth, shift = place - fields.exponent_bits, total - 1 - place
+        node = ((1 << place) | known) & (_NODES.mantissas - 1)
+        if depth == 0:
+            _tell_mantissa(engine, known, around, aside, trailing, fields)
+        if depth >= 0:
+            node = (1 << depth) | (known & ((1 << depth) - 1))
+            node = _NODES.mantissas + min(node, _NODES.zero_flag - _NODES.mantissas - 1)
+        middle = _beyond(engine, (2 * known + 1) << shift, around, toward, fields)
+        expect_upper(engine, low, middle, high)
+        bit = mixed_bit(engine, (pattern >> shift) & 1, (node, bin, bin))
+        if bit:
+            low = middle
+        else:
+            high = middle
+        known = 2 * known + bit
+    return known
+
+
+@inlined
+def _tell_exponent(engine: Engine, around: _Around, aside: int) -> None:
+    scale, slots = around.scale, engine.mixer.slots
     slots[1] = scale.bin
     slots[2] = scale.row_bin
     slots[3] = scale.column_bin
@@ -373,36 +404,11 @@ def _code_exponent(engine: Engine, pattern: int, around: _Around, toward: float,
     slots[5] = scale.near_bin
     slots[6] = (scale.bin // 4) * 32 + aside
     slots[7] = (scale.bin // 2) * 12 + min(scale.near_bin // 8, 11)
-    total = fields.exponent_bits + fields.mantissa_bits
-    known, low, high = 0, 0.0, worth(1 << total, fields)
-    for place in range(fields.exponent_bits):
-        middle = worth((2 * known + 1) << (total - 1 - place), fields)
-        expect_upper(
-            engine,
-            (low + toward) * scale.per_scale,
-            (middle + toward) * scale.per_scale,
-            (high + toward) * scale.per_scale,
-        )
-        bit, node = (pattern >> (total - 1 - place)) & 1, ((1 << place) | known) & (_NODES.mantissas - 1)
-        bit = mixed_bit(engine, bit, node, scale.bin, scale.bin)
-        low, high = (middle, high) if bit else (low, middle)
-        known = 2 * known + bit
-    return known
 
 
 @inlined
-def _code_mantissa(
-    engine: Engine,
-    pattern: int,
-    exponent: int,
-    around: _Around,
-    toward: float,
-    aside: int,
-    trailing: int,
-    fields: Fields,
-) -> int:
-    """Return the exponent field and the bits of the mantissa that are modelled; see `_code_exponent`."""
-    scale, slots = around.scale, engine.slots
+def _tell_mantissa(engine: Engine, exponent: int, around: _Around, aside: int, trailing: int, fields: Fields) -> None:
+    scale, slots = around.scale, engine.mixer.slots
     nearest = int(np.floor(scale.log * 1.4426950408889634)) - fields.octave
     apart = min(max(exponent - nearest + 10, 0), 15)
     slots[1] = apart * 2 + trailing
@@ -412,22 +418,6 @@ def _code_mantissa(
     slots[5] = trailing
     slots[6] = apart
     slots[7] = (aside // 2) * 16 + apart
-    known, prefix = exponent, 1
-    low, high = worth(exponent << fields.mantissa_bits, fields), worth((exponent + 1) << fields.mantissa_bits, fields)
-    for depth in range(min(MODELLED, fields.mantissa_bits)):
-        shift = fields.mantissa_bits - 1 - depth
-        middle = worth((2 * known + 1) << shift, fields)
-        expect_upper(
-            engine,
-            (low + toward) * scale.per_scale,
-            (middle + toward) * scale.per_scale,
-            (high + toward) * scale.per_scale,
-        )
-        node = _NODES.mantissas + min(prefix, _NODES.zero_flag - _NODES.mantissas - 1)
-        bit = mixed_bit(engine, (pattern >> shift) & 1, node, scale.bin, scale.bin)
-        low, high = (middle, high) if bit else (low, middle)
-        known, prefix = 2 * known + bit, 2 * prefix + bit
-    return known
 
 
 @inlined
@@ -436,6 +426,6 @@ def _code_lower_bits(engine: Engine, pattern: int, upper: int, trailing: int, fi
     lower = fields.mantissa_bits - min(MODELLED, fields.mantissa_bits)
     zeros = fields.trailing if trailing else 0
     rest = (pattern & ((1 << lower) - 1)) >> zeros
-    rest = code_integer_evenly(engine.decoding, engine.state, engine.data, rest, lower - zeros)
-    engine.spent[_LOWER] += lower - zeros
+    rest = code_integer_evenly(engine.coder, engine.data, rest, lower - zeros)
+    engine.mixer.spent[_LOWER] += lower - zeros
     return (upper << (lower - zeros) | rest) << zeros

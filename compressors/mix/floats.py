@@ -28,7 +28,6 @@ from .float_rows import (
     new_float_mixer,
 )
 from .matrix import Integers, MatrixModel, Memory, RowModel, decode_matrix, encode_matrix
-from .scales import new_regression
 
 _ZEROS, _NEGATIVE_ZEROS = 8, 16
 # Steps of a unit in which the covariance counts values: products of integers are summed exactly.
@@ -75,7 +74,7 @@ def octave_and_powers(layout: FloatFormat, eighths: int) -> tuple[int, NDArray[n
 
 def new_float_memory() -> Memory:
     """Return the memory of a stream's first floats."""
-    return Memory(new_float_mixer(), new_regression())
+    return Memory(new_float_mixer())
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,9 @@ from kcomplex.machine.compiled import compiled_in_place, inlined
 from ..tables.logistic import natural_log
 from .binary_coder import code_integer_evenly
 from .bins import log_bin, signed_bin
-from .expectations import expect_farther, expect_outside, expect_side, expect_upper
+from .expectations import bound, expect_farther, expect_outside, expect_side, expect_upper
 from .linear_prediction import Prediction, predict_rest
-from .logistic_mixing import Engine, Mixer, mixed_bit, new_mixer
+from .logistic_mixing import Decision, Engine, mixed_bit, new_mixer
 from .scales import (
     Expected,
     Limits,
@@ -93,12 +93,12 @@ def new_integer_columns(width: int, scale: float) -> IntegerColumns:
     return IntegerColumns(np.zeros((3, width + 4), np.int64), np.full((2, width + 4), scale))
 
 
-def new_integer_mixer() -> Mixer:
+def new_integer_mixer() -> np.record:
     """Return the mixer of a stream's first integers."""
     bounds, kinds = np.tile(np.array(_BOUNDS), (_NODES.end, 1)), np.full(_NODES.end, _MAGNITUDE)
     kinds[_NODES.zero_flag], kinds[_NODES.sign] = _ZERO, _SIGN
     bounds[_NODES.sign] = _SIGN_BOUNDS
-    return new_mixer(bounds, kinds, _SIGN_SETS + 32)
+    return new_mixer(bounds, kinds, len(FIELDS), _SIGN_SETS + 32)
 
 
 @compiled_in_place
@@ -120,11 +120,17 @@ def code_integer_rows(
         begin_row(engine, scales)
         for column in range(width):
             around = _look_around(engine, scales, float(prediction.expected[row, column]), columns, column)
-            value = _code_integer(engine, scales, rows[row, column], around, column)
+            value = rows[row, column]
+            if mixed_bit(engine, 1 if value != 0 else 0, _tell_zero_flag(engine, scales, around)):
+                negative = mixed_bit(engine, 1 if value < 0 else 0, _tell_sign(engine, scales, around, column))
+                magnitude = _code_magnitude(engine, scales, abs(value), around, negative)
+                value = -magnitude if negative else magnitude
+            else:
+                value = 0
             rows[row, column] = value
             predict_rest(prediction, row, column, float(value) - around.centre)
             residual = abs(float(value) - around.centre)
-            learn(scales, column, float(value), residual, around.scale.per_scale)
+            learn(engine, scales, column, float(value), residual, around.scale.per_scale)
             values[0, column + 2] = value
             residuals[0, column + 2] = residual
         end_row(scales)
@@ -158,28 +164,20 @@ def _look_around(engine: Engine, scales: Scales, centre: float, columns: Integer
 
 
 @inlined
-def _code_integer(engine: Engine, scales: Scales, value: int, around: _Around, column: int) -> int:
-    if _code_zero_flag(engine, scales, value, around) == 0:
-        return 0
-    negative = _code_sign(engine, scales, value, around, column)
-    magnitude = _code_magnitude(engine, scales, abs(value), around, negative)
-    return -magnitude if negative else magnitude
-
-
-@inlined
-def _code_zero_flag(engine: Engine, scales: Scales, value: int, around: _Around) -> int:
-    """Return 1 unless the value is zero."""
+def _tell_zero_flag(engine: Engine, scales: Scales, around: _Around) -> Decision:
+    """Tell the contexts of whether a value isn't zero."""
     scale = around.scale
     _tell_magnitudes(engine, scales, around, abs(around.tilt - 16))
-    expect_outside(engine, (-0.5 - around.centre) * scale.per_scale, (0.5 - around.centre) * scale.per_scale)
-    return mixed_bit(engine, 1 if value != 0 else 0, _NODES.zero_flag, scale.bin, scale.bin)
+    low, high = (-0.5 - around.centre) * scale.per_scale, (0.5 - around.centre) * scale.per_scale
+    expect_outside(engine, bound(engine, low), bound(engine, high))
+    return _NODES.zero_flag, scale.bin, scale.bin
 
 
 @inlined
 def _tell_magnitudes(engine: Engine, scales: Scales, around: _Around, aside: int) -> None:
     """Tell the contexts of magnitudes; ``aside`` is how far, and to which side, zero is from what is expected."""
-    scale, slots = around.scale, engine.slots
-    lately_bin = log_bin(natural_log(lately(scales) + 1e-9, engine.tables.log), 5.0, _LIMITS.octave)
+    scale, slots = around.scale, engine.mixer.slots
+    lately_bin = log_bin(natural_log(lately(scales) + 1e-9, engine.tables), 5.0, _LIMITS.octave)
     left, second, up = min(abs(around.left), 11), min(abs(around.second), 7), min(abs(around.up), 11)
     slots[1] = scale.row_bin
     slots[2] = scale.column_bin
@@ -195,9 +193,9 @@ def _tell_magnitudes(engine: Engine, scales: Scales, around: _Around, aside: int
 
 
 @inlined
-def _code_sign(engine: Engine, scales: Scales, value: int, around: _Around, column: int) -> int:
-    """Return 1 if the value is negative."""
-    scale, slots, tilt = around.scale, engine.slots, around.tilt
+def _tell_sign(engine: Engine, scales: Scales, around: _Around, column: int) -> Decision:
+    """Tell the contexts of whether a value is negative."""
+    scale, slots, tilt = around.scale, engine.mixer.slots, around.tilt
     left, up = _side(around.left), _side(around.up)
     column_bin = signed_bin(column_tilt(scales, column, 0.02), 8.0)
     row_bin = signed_bin(row_tilt(scales, 0.02), 8.0)
@@ -212,8 +210,9 @@ def _code_sign(engine: Engine, scales: Scales, value: int, around: _Around, colu
     slots[9] = tilt * 32 + column_bin
     slots[10] = scale.bin
     slots[11] = tilt * 12 + scale.bin // 8
-    expect_side(engine, (0.5 + around.centre) * scale.per_scale, (0.5 - around.centre) * scale.per_scale)
-    return mixed_bit(engine, 1 if value < 0 else 0, _NODES.sign, tilt, _SIGN_SETS + tilt)
+    toward, away = (0.5 + around.centre) * scale.per_scale, (0.5 - around.centre) * scale.per_scale
+    expect_side(engine, bound(engine, toward), bound(engine, away))
+    return _NODES.sign, tilt, _SIGN_SETS + tilt
 
 
 @inlined
@@ -227,31 +226,35 @@ def _code_magnitude(engine: Engine, scales: Scales, magnitude: int, around: _Aro
     scale = around.scale
     toward = around.centre if negative else -around.centre
     _tell_magnitudes(engine, scales, around, 31 - around.tilt if negative else around.tilt)
-    exponent, low = 0, 1.0
+    exponent, low, high = 0, 1.0, 2.0
+    over_low, over_high = (
+        bound(engine, (0.5 + toward) * scale.per_scale),
+        bound(engine, (1.5 + toward) * scale.per_scale),
+    )
     while exponent < 63:
-        expect_farther(engine, (low - 0.5 + toward) * scale.per_scale, (2.0 * low - 0.5 + toward) * scale.per_scale)
+        expect_farther(engine, over_low, over_high)
         larger = 1 if exponent < 62 and magnitude >= (2 << exponent) else 0
-        if mixed_bit(engine, larger, _NODES.exponents + min(exponent, 13), scale.bin, scale.bin) == 0:
+        if mixed_bit(engine, larger, (_NODES.exponents + min(exponent, 13), scale.bin, scale.bin)) == 0:
             break
         exponent += 1
-        low *= 2.0
-    high = 2.0 * low
-    below, prefix = exponent, 1
+        low, over_low, high = high, over_high, 2.0 * high
+        over_high = bound(engine, (high - 0.5 + toward) * scale.per_scale)
+    # Were it a constant, what is called with it would be compiled for that too.
+    below, prefix = exponent, int(np.int64(1))
     while below > 0 and not (prefix >= 1 << _MODELLED_BITS and exponent > 10):
         below -= 1
         middle = (low + high) / 2.0
-        expect_upper(
-            engine,
-            (low - 0.5 + toward) * scale.per_scale,
-            (middle - 0.5 + toward) * scale.per_scale,
-            (high - 0.5 + toward) * scale.per_scale,
-        )
-        bit = mixed_bit(engine, (magnitude >> below) & 1, _bit_node(exponent, prefix), scale.bin, scale.bin)
-        low, high = (middle, high) if bit else (low, middle)
+        over_middle = bound(engine, (middle - 0.5 + toward) * scale.per_scale)
+        expect_upper(engine, over_low, over_middle, over_high)
+        bit = mixed_bit(engine, (magnitude >> below) & 1, (_bit_node(exponent, prefix), scale.bin, scale.bin))
+        if bit:
+            low, over_low = middle, over_middle
+        else:
+            high, over_high = middle, over_middle
         prefix = 2 * prefix + bit
-    engine.spent[_MAGNITUDE] += below
+    engine.mixer.spent[_MAGNITUDE] += below
     rest = magnitude & ((1 << below) - 1)
-    return prefix << below | code_integer_evenly(engine.decoding, engine.state, engine.data, rest, below)
+    return prefix << below | code_integer_evenly(engine.coder, engine.data, rest, below)
 
 
 @inlined

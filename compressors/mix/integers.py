@@ -31,7 +31,6 @@ from .matrix import (
     decode_matrix,
     encode_matrix,
 )
-from .scales import new_regression
 
 # Integers are modelled up to this magnitude.
 LARGEST = 1 << 48
@@ -43,7 +42,7 @@ _COUNTED_BITS = 13
 
 def new_integer_memory() -> Memory:
     """Return the memory of a stream's first integers."""
-    return Memory(new_integer_mixer(), new_regression())
+    return Memory(new_integer_mixer())
 
 
 @dataclass(frozen=True)

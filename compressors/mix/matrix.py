@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,9 +17,7 @@ from kcomplex.estimators.structure import Reader
 
 from ..tables.logistic import tables
 from .binary_coder import (
-    POSITION,
     Bytes,
-    CoderState,
     as_bytes,
     finish_decoding,
     finish_encoding,
@@ -37,7 +35,7 @@ from .linear_prediction import (
     plan,
     segments,
 )
-from .logistic_mixing import Mixer, copied, new_engine
+from .logistic_mixing import Engine, copied
 from .scales import new_scales
 
 Integers: TypeAlias = NDArray[np.int64]
@@ -67,8 +65,7 @@ class Memory:
         Whether the linear prediction is learned in many steps; see `linear_prediction.segments`.
     """
 
-    mixer: Mixer
-    regression: NDArray[np.float64]
+    mixer: np.record
     eager: bool = False
     column_scales: dict[int, NDArray[np.float64]] = field(default_factory=dict)
     covariances: dict[int, Covariance] = field(default_factory=dict)
@@ -80,14 +77,11 @@ class Memory:
 
     def copy(self) -> Memory:
         """Return a copy for a trial."""
-        return Memory(
-            copied(self.mixer), self.regression.copy(), self.eager, dict(self.column_scales), dict(self.covariances)
-        )
+        return Memory(copied(self.mixer), self.eager, dict(self.column_scales), dict(self.covariances))
 
     def become(self, other: Memory) -> None:
         """Take over what another memory, not used any more, has learned."""
-        self.mixer, self.regression = other.mixer, other.regression
-        self.column_scales, self.covariances = other.column_scales, other.covariances
+        self.mixer, self.column_scales, self.covariances = other.mixer, other.column_scales, other.covariances
 
     def scales(self, shape: tuple[int, int], scale: float) -> NDArray[np.float64]:
         """Return the column scales that the last matrix of this width ended with, adapted to a scale; else zeros."""
@@ -103,10 +97,8 @@ class Memory:
 class RowEncoder:
     """Collects what a kernel writes, call by call."""
 
-    decoding = False
-
     def __init__(self) -> None:
-        self.state: CoderState = start_encoding()
+        self.state = start_encoding()
         self._room = np.empty(0, np.uint8)
         self._written = bytearray()
 
@@ -118,8 +110,8 @@ class RowEncoder:
 
     def advance(self) -> None:
         """Keep what was written."""
-        self._written += self._room[: int(self.state[POSITION])].tobytes()
-        self.state[POSITION] = 0
+        self._written += self._room[: self.state.position].tobytes()
+        self.state.position = 0
 
     def finish(self) -> bytes:
         """Return the whole stream."""
@@ -129,11 +121,9 @@ class RowEncoder:
 class RowDecoder:
     """Lets a kernel read."""
 
-    decoding: ClassVar[bool] = True
-
     def __init__(self, data: Bytes) -> None:
         self.data = data
-        self.state: CoderState = start_decoding(data)
+        self.state = start_decoding(data)
 
     def room(self, weights: int) -> Bytes:
         """Return the bytes of the stream."""
@@ -212,15 +202,16 @@ class MatrixModel:
     ) -> NDArray[np.float64]:
         """Code all rows, learning the covariance segment by segment where there are choices; return the bits spent."""
         height, width = matrix.shape
-        scales = new_scales(self.scale, memory.scales((height, width), self.scale), memory.regression)
-        columns, spent = self.rows.columns(width, self.scale), np.zeros(len(self.rows.names))
+        scales = new_scales(self.scale, memory.scales((height, width), self.scale))
+        columns = self.rows.columns(width, self.scale)
+        memory.mixer.spent[:] = 0.0
         covariance = memory.covariance(width) if choices else None
         spans = segments(height, covariance.rows > 0, memory.eager) if covariance is not None else [(0, height)]
         for index, (start, stop) in enumerate(spans):
             factors = covariance.factors(choices[index]) if covariance is not None else NO_FACTORS
             for first, last in _calls(start, stop, width):
                 rows, room = matrix[first:last], coder.room((last - first) * width)
-                engine = new_engine(coder.decoding, coder.state, room, memory.mixer, tables(), spent)
+                engine = Engine(coder.state, room, memory.mixer, tables())
                 prediction = Prediction(np.zeros(rows.shape, np.float32), *factors)
                 self.rows.kernel(engine, scales, prediction, rows, columns, *self.arguments(first, last))
                 coder.advance()
@@ -228,7 +219,8 @@ class MatrixModel:
                 covariance.add(self.numbers(matrix[start:stop], start))
         if covariance is not None:
             memory.covariances[width] = covariance
-        memory.keep_scales((height, width), scales.columns, self.scale)
+        memory.keep_scales((height, width), scales.columns["scale"], self.scale)
+        spent: NDArray[np.float64] = memory.mixer.spent
         return spent
 
 

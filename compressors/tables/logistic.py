@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kcomplex.machine.compiled import inlined
+from kcomplex.machine.compiled import inlined, record
 
 # Stretched probabilities ln(p / (1 - p)) are counted in 1/2048; beyond +-12 a 16-bit probability says no more.
 STRETCH_UNIT = 2048
@@ -30,11 +29,10 @@ _LN2 = 0.6931471805599453
 _SQRT_2_OVER_PI = 0.7978845608028654
 
 
-class Tables(NamedTuple):
-    """What the compiled models look up.
+@lru_cache(maxsize=1)
+def tables() -> np.record:
+    """Return what the compiled models look up; made once a process.
 
-    Attributes
-    ----------
     stretch
         int32, of a probability in 1/65536: its logit in 1/`STRETCH_UNIT`.
     squash
@@ -47,20 +45,9 @@ class Tables(NamedTuple):
         float64, of the top `LOG_BITS` bits of a mantissa: natural logarithm of the number in [1, 2).
     exp
         float64, of (x - `EXP_FROM`) in 1/`EXP_STEPS`: e**x.
+    reciprocals
+        int64, of a count n below 1024: 65536 / (n + 1.6).
     """
-
-    stretch: NDArray[np.int32]
-    squash: NDArray[np.int32]
-    cost: NDArray[np.float32]
-    laplace: NDArray[np.float64]
-    normal: NDArray[np.float64]
-    log: NDArray[np.float64]
-    exp: NDArray[np.float64]
-
-
-@lru_cache(maxsize=1)
-def tables() -> Tables:
-    """Return the tables; made once a process."""
     logits = np.arange(-STRETCH_LIMIT, STRETCH_LIMIT + 1) / STRETCH_UNIT
     probabilities = np.floor(65536.0 / (1.0 + exponential(-logits)) + 0.5).astype(np.int32)
     odds = np.arange(1, 65536) / np.arange(65535, 0, -1)
@@ -71,7 +58,7 @@ def tables() -> Tables:
     cost[1:] = -logarithm(np.arange(1, 4097) / 4096.0) / _LN2
     cost[0] = 13.0
     steps = np.arange(TAIL_LIMIT * TAIL_STEPS + 2) / TAIL_STEPS
-    return Tables(
+    return record(
         stretch=stretch,
         squash=np.clip(probabilities, 1, 65535).astype(np.int32),
         cost=cost,
@@ -79,6 +66,7 @@ def tables() -> Tables:
         normal=_normal_tail(steps * _SQRT_2_OVER_PI),
         log=logarithm(1.0 + (np.arange(1 << LOG_BITS) + 0.5) / (1 << LOG_BITS)),
         exp=exponential(np.arange((EXP_TO - EXP_FROM) * EXP_STEPS + 2) / EXP_STEPS + EXP_FROM),
+        reciprocals=655360 // (10 * np.arange(1024) + 16),
     )
 
 
@@ -127,15 +115,16 @@ def _density(z: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 @inlined
-def natural_log(x: float, table: NDArray[np.float64]) -> float:
-    """Return ln(x) of a positive number within 1.3e-4, from `Tables.log`."""
+def natural_log(x: float, tables: np.record) -> float:
+    """Return ln(x) of a positive number within 1.3e-4."""
     mantissa, exponent = math.frexp(x)
-    return float(table[int((mantissa - 0.5) * 8192.0)]) + (exponent - 1) * 0.6931471805599453
+    return float(tables.log[int((mantissa - 0.5) * 8192.0)]) + (exponent - 1) * 0.6931471805599453
 
 
 @inlined
-def natural_power(x: float, table: NDArray[np.float64]) -> float:
-    """Return e**x within 2e-6 of it, from `Tables.exp`; x is cut off at the table's ends."""
+def natural_power(x: float, tables: np.record) -> float:
+    """Return e**x within 2e-6 of it; x is cut off at the table's ends."""
+    table = tables.exp
     place = (x + 20.0) * 256.0
     if place < 0.0:
         return float(table[0])
@@ -143,27 +132,3 @@ def natural_power(x: float, table: NDArray[np.float64]) -> float:
         return float(table[17920])
     index = int(place)
     return float(table[index] + (table[index + 1] - table[index]) * (place - index))
-
-
-@inlined
-def tail(t: float, table: NDArray[np.float64]) -> float:
-    """Return P(X > t) for t >= 0, from `Tables.laplace` or `Tables.normal`."""
-    place = t * 64.0
-    if place >= 4096.0:
-        return 0.0
-    index = int(place)
-    return float(table[index] + (table[index + 1] - table[index]) * (place - index))
-
-
-@inlined
-def survival(t: float, table: NDArray[np.float64]) -> float:
-    """Return P(X > t) for any t."""
-    return tail(t, table) if t >= 0.0 else 1.0 - tail(-t, table)
-
-
-@inlined
-def mass(a: float, b: float, table: NDArray[np.float64]) -> float:
-    """Return P(a < X < b), from the tail where it keeps its digits."""
-    if a < 0.0 and b <= 0.0:
-        a, b = -b, -a
-    return survival(a, table) - survival(b, table)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable
 from typing import Annotated
@@ -46,11 +47,23 @@ def build_app() -> typer.Typer:
 
 def main() -> None:
     """Run the command line; exit code 0 is fine, 1 a check that failed, 2 bad input."""
+    if sys.stderr.isatty():
+        _show_messages()
     try:
         build_app()()
     except KComplexError as error:
         errors.print("error:", printable(" ".join(str(error).split())), markup=False)
         sys.exit(CHECK_FAILED if isinstance(error, VerificationError) else BAD_INPUT)
+
+
+def _show_messages() -> None:
+    """Let the library say what takes long: on the console of the progress bars, so that it stands above them."""
+    from rich.logging import RichHandler
+
+    handler = RichHandler(console=errors, show_time=False, show_level=False, show_path=False)
+    logger = logging.getLogger("kcomplex")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
 
 
 def _broken(error: PluginError) -> Callable[[], None]:

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import hashlib
+import logging
 from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
 from typing import Any, ParamSpec, TypeVar, cast
 
 import numba
+import numpy as np
 from numba.core import types
+from numba.core.dispatcher import Dispatcher
 from numba.extending import intrinsic
+from numpy.typing import ArrayLike
 
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
 
-_PROMISES = {"nogil": True, "cache": True, "error_model": "numpy", "forceinline": True}
+_PROMISES = {"nogil": True, "cache": True, "error_model": "numpy", "no_cfunc_wrapper": True}
 # Its stubs lack options that numba documents.
 _njit: Callable[..., Any] = numba.njit
+_logger = logging.getLogger(__name__)
+# The files that each compiled function is made from.
+_sources: dict[Dispatcher, frozenset[str]] = {}
 
 
 def compiled(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
@@ -26,7 +36,7 @@ def compiled(function: Callable[Parameters, Result]) -> Callable[Parameters, Res
     on every machine, which streams rely on. What libraries approximate (``exp``, ``log``) isn't, and must not decide a
     stream.
     """
-    return cast(Callable[Parameters, Result], _njit(**_PROMISES)(function))
+    return _compiled(function, forceinline=True)
 
 
 def compiled_in_place(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
@@ -34,13 +44,61 @@ def compiled_in_place(function: Callable[Parameters, Result]) -> Callable[Parame
 
     It doesn't count who uses its arrays: in models that hand many of them around, counting takes as long as the model.
     """
-    return cast(Callable[Parameters, Result], _njit(_nrt=False, **_PROMISES)(function))
+    return _compiled(function, _nrt=False, forceinline=True)
 
 
 def inlined(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
     """Return a part of functions that are `compiled_in_place`: only they can call it, and it compiles sooner."""
-    decorate = _njit(_nrt=False, no_cpython_wrapper=True, no_cfunc_wrapper=True, **_PROMISES)
-    return cast(Callable[Parameters, Result], decorate(function))
+    return _compiled(function, _nrt=False, forceinline=True, no_cpython_wrapper=True)
+
+
+def called(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+    """Return what `inlined` does for a large function with few arguments: compiled once, however often it is called."""
+    return _compiled(function, _nrt=False, no_cpython_wrapper=True)
+
+
+def _compiled(function: Callable[Parameters, Result], **options: bool) -> Callable[Parameters, Result]:
+    dispatcher = _njit(**_PROMISES, **options)(function)
+    others = (_sources.get(value) for value in function.__globals__.values() if isinstance(value, Dispatcher))
+    _sources[dispatcher] = frozenset({function.__code__.co_filename}).union(*filter(None, others))
+    cache = dispatcher._cache
+    # By itself, the cache is as old as the function's own file, whatever has changed in those it calls.
+    cache._cache_file._version = [cache._cache_file._version, *map(_digest, sorted(_sources[dispatcher]))]
+    load = cache.load_overload
+
+    def load_or_tell(signature: Any, context: Any) -> Any:
+        found = load(signature, context)
+        if found is None:
+            _tell_once()
+        return found
+
+    cache.load_overload = load_or_tell
+    return cast(Callable[Parameters, Result], dispatcher)
+
+
+@lru_cache
+def _digest(path: str) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+@lru_cache(maxsize=1)
+def _tell_once() -> None:
+    _logger.info("compiling numerical kernels (once; kept for later runs)")
+
+
+def record(**fields: ArrayLike) -> np.record:
+    """Return numbers and arrays as one record, whose fields functions that are `compiled_in_place` read and write.
+
+    It is handed over as one pointer: many arrays take long to compile and to call with.
+    """
+    arrays = {name: np.asarray(field) for name, field in fields.items()}
+    dtype = np.dtype([(name, array.dtype, array.shape) for name, array in arrays.items()], align=True)
+    # Fresh zeros cost nothing until they are used.
+    one = np.zeros(1, np.dtype((np.record, dtype)))
+    for name, array in arrays.items():
+        if array.any():
+            one[name] = array
+    return cast(np.record, one[0])
 
 
 def _leading_zeros(typing_context: Any, number: Any) -> Any:

@@ -226,12 +226,12 @@ def test_a_few_bytes_that_announce_very_many_integers_are_refused():
 def test_binary_decisions_come_back_at_their_price(decisions):
     state, data = start_encoding(), np.zeros(2 * len(decisions) + 16, np.uint8)
     for bit, probability in decisions:
-        code_bit(False, state, data, int(bit), probability)
+        code_bit(state, data, int(bit), probability)
     stream = finish_encoding(state, data)
     price = -sum(math.log2((p if bit else 65536 - p) / 65536) for bit, p in decisions)
     assert 8 * len(stream) <= price + 16
     state, data = start_decoding(as_bytes(stream)), as_bytes(stream)
-    assert [bool(code_bit(True, state, data, 0, p)) for _, p in decisions] == [bit for bit, _ in decisions]
+    assert [bool(code_bit(state, data, 0, p)) for _, p in decisions] == [bit for bit, _ in decisions]
     finish_decoding(state, data)
 
 

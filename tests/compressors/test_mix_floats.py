@@ -172,23 +172,23 @@ def test_even_integers_come_back_at_their_price(values):
     state, data = start_encoding(), np.zeros(8 * len(values) + 16, np.uint8)
     price = 0.0
     for bits, value, probability in values:
-        code_evenly(False, state, data, value % (1 << bits), bits)
-        code_bit(False, state, data, 1, probability)
+        code_evenly(state, data, value % (1 << bits), bits)
+        code_bit(state, data, 1, probability)
         price += bits - math.log2(probability / 65536)
     stream = finish_encoding(state, data)
     assert 8 * len(stream) <= price + 16
     state, data = start_decoding(as_bytes(stream)), as_bytes(stream)
     for bits, value, probability in values:
-        assert code_evenly(True, state, data, 0, bits) == value % (1 << bits)
-        assert code_bit(True, state, data, 0, probability) == 1
+        assert code_evenly(state, data, 0, bits) == value % (1 << bits)
+        assert code_bit(state, data, 0, probability) == 1
     finish_decoding(state, data)
 
 
 def test_even_integers_come_back_where_the_bounds_are_close():
     state, data = start_encoding(), np.zeros(100, np.uint8)
-    state[0], state[1] = (1 << 63) - 200, (1 << 63) + 200
-    code_evenly(False, state, data, 40_000, 16)
+    state.low, state.high = (1 << 63) - 200, (1 << 63) + 200
+    code_evenly(state, data, 40_000, 16)
     stream = finish_encoding(state, data)
     state = start_decoding(as_bytes(stream))
-    state[0], state[1] = (1 << 63) - 200, (1 << 63) + 200
-    assert code_evenly(True, state, as_bytes(stream), 0, 16) == 40_000
+    state.low, state.high = (1 << 63) - 200, (1 << 63) + 200
+    assert code_evenly(state, as_bytes(stream), 0, 16) == 40_000
