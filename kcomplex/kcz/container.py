@@ -25,7 +25,9 @@ from kcomplex.errors import (
     KComplexError,
     RefusedStreamError,
     SourceNotFoundError,
+    SpecError,
     StreamError,
+    UnknownNameError,
     VerificationError,
     WeightsError,
 )
@@ -172,6 +174,8 @@ class Container(Closing):
     ) -> None:
         self.path = _path(path)
         self._given = given
+        if self.path.exists() and not self.path.is_file():
+            raise RefusedStreamError(f"{self.path}: it is no regular file")
         try:
             self._file = self.path.open("rb")
         except FileNotFoundError as error:
@@ -184,7 +188,7 @@ class Container(Closing):
         self._next = 0
         try:
             self._open(limit)
-        except StreamError as error:
+        except (StreamError, SpecError, UnknownNameError) as error:
             self._file.close()
             raise type(error)(f"{self.path}: {error}") from error
         except BaseException:

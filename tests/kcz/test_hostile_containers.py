@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tracemalloc
 import zlib
 from pathlib import Path
@@ -198,6 +199,21 @@ def test_verify_tells_damage_from_what_it_cannot_check(tmp_path: Path) -> None:
     for wrong in (None, {"a": torch.zeros(40)}):
         with pytest.raises(RefusedStreamError, match="given other weights"):
             verify(path, given=wrong)
+
+
+def test_what_is_no_regular_file_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.kcz")
+    (tmp_path / "folder.kcz").mkdir()
+    for name in ("pipe.kcz", "folder.kcz"):
+        with pytest.raises(RefusedStreamError, match="no regular file"):
+            verify(tmp_path / name)
+
+
+@pytest.mark.parametrize("spec", ["nothing", "raw:level=3", "raw|", "zstd:level=99", "l2", "given:w.pt|zstd"])
+def test_a_code_that_there_is_not_is_refused_with_the_name_of_the_file(tmp_path: Path, spec: str) -> None:
+    write(tmp_path / "w.kcz", encode_structure(spec, 0, [TensorEntry(("a",), torch.float32, (0,))]), 1)
+    with pytest.raises(KComplexError, match=r"w\.kcz"):
+        Container(tmp_path / "w.kcz")
 
 
 def test_nothing_is_no_checkpoint(tmp_path: Path) -> None:
