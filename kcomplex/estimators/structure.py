@@ -235,6 +235,8 @@ def decode_structure(data: bytes) -> Structure:
 def _bare_entries(reader: Reader, most_names: int) -> list[TensorEntry]:
     """Return the entries in a structure, without the lengths of their streams."""
     total = reader.varint()
+    if not total:
+        raise StreamError("the structure of the stream announces no tensor: there is nothing in it")
     _require_at_most(most_names, total, "tensors")
     counts = [reader.varint() for _ in range(total)]
     _require_at_most(most_names, sum(counts), "names")

@@ -74,7 +74,7 @@ def test_an_index_takes_no_more_memory_than_its_bytes_can_tell(tmp_path: Path, b
 
 def test_notes_take_no_more_memory_than_their_bytes_can_tell(tmp_path: Path) -> None:
     path = tmp_path / "bomb.kcz"
-    write(path, packed(varint(0) * 3), notes=b'{"x":[' + b"[]," * 20_000_000 + b"0]}")
+    write(path, packed(varint(0) * 2 + b"\1\1\1a\6\1\0\0"), 1, b'{"x":[' + b"[]," * 20_000_000 + b"0]}")
     refused_in(path, 20e6)
 
 
@@ -132,6 +132,33 @@ def test_what_no_safetensors_file_can_hold_is_decoded_to_a_pytorch_file(tmp_path
     assert found["tied"].data_ptr() == found[""].data_ptr()
     assert verify(path, output, count="all") == 0
     assert not (tmp_path / "w.safetensors").exists()
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+def test_names_come_back_as_they_were(tmp_path: Path, suffix: str) -> None:
+    names = (
+        "",
+        " ",
+        "a/b",
+        "../c",
+        "\x1b[31m",
+        "a\0b",
+        "\N{SNOWMAN}",
+        "\U0001f600",
+        "x" * 5000,
+        "a.b",
+        "a",
+        "A",
+        "\xe9",
+        "e\u0301",
+    )
+    tensors = {name: torch.full((place + 1, 3), float(place)) for place, name in enumerate(names)}
+    encode(tensors, tmp_path / "w.kcz", "palette|entropy", count="all")
+    decode(tmp_path / "w.kcz", tmp_path / f"w{suffix}")
+    read = torch.load if suffix == ".pt" else safetensors.torch.load_file
+    found = read(tmp_path / f"w{suffix}")
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
 
 
 def test_a_long_tensor_is_decoded_to_a_pytorch_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -223,6 +250,9 @@ def test_nothing_is_no_checkpoint(tmp_path: Path) -> None:
         with pytest.raises(WeightsError, match="no tensor"):
             kc.encode_checkpoint(empty, "raw", partial=True)
     assert not list(tmp_path.iterdir())
+    write(tmp_path / "w.kcz", encode_structure("raw", 0, []))
+    with pytest.raises(VerificationError, match="no tensor"):
+        verify(tmp_path / "w.kcz")
 
 
 def test_arguments_of_other_types_are_errors_of_kcomplex(tmp_path: Path) -> None:
