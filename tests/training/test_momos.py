@@ -2,6 +2,7 @@
 
 import io
 import re
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,12 +13,12 @@ from torch.nn.functional import cross_entropy
 
 from kcomplex.errors import SpecError, WeightsError
 from kcomplex.motifs.blocks import blocks_of, draw_motifs, motif_count
-from kcomplex.motifs.nearest import squared_distances
+from kcomplex.motifs.nearest import nearest, squared_distances
 from kcomplex.sources.open import open_weights
 from kcomplex.training.protocol.sequence import mode
 from kcomplex.training.quantising.uniform_qat import quantise_uniformly
 from kcomplex.training.sharing.momos import MoMos
-from kcomplex.training.sharing.projection import project
+from kcomplex.training.sharing.mosaics import Projection, array_of, replaced
 from tests.golden import golden_files
 
 
@@ -53,6 +54,18 @@ def test_golden_files_are_found():
     assert len(FILES) >= 15
 
 
+def project(tensors: list[torch.Tensor], motifs: np.ndarray) -> Projection:
+    """Return tensors with every block replaced by its nearest motif, padding counted, as published."""
+    blocks = blocks_of([array_of(tensor) for tensor in tensors], motifs.shape[1])
+    casts = [partial(like, tensor) for tensor in tensors]
+    return replaced(tensors, motifs, nearest(blocks.rows, motifs), casts)
+
+
+def like(tensor: torch.Tensor, flat: np.ndarray) -> torch.Tensor:
+    """Return flat values in the dtype and shape of a tensor."""
+    return torch.from_numpy(flat).to(tensor.dtype).reshape(tensor.shape)
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_blocks_and_bank_are_the_published_ones(path):
     case = np.load(path)
@@ -70,7 +83,7 @@ def test_blocks_and_bank_are_the_published_ones(path):
 def test_projection_is_the_published_one(path):
     case = np.load(path)
     motifs = case["motifs"].astype(np.float64)
-    result = project([torch.tensor(array) for array in participants(case)], motifs, reference=True)
+    result = project([torch.tensor(array) for array in participants(case)], motifs)
     chosen = squared_distances(case["blocks"].astype(np.float64), motifs[result.assignment])
     assert (chosen <= case["dist2_best_f64"] * (1 + 1e-6) + 1e-12).all()
     if (case["dist2_chosen_f64"] > case["dist2_best_f64"] * (1 + 1e-6) + 1e-12).any():
@@ -129,7 +142,7 @@ def test_published_bank_collapses_when_projections_repeat(path):
     for step, permutation in enumerate(case["perms"]):
         blocks = blocks_of([tensor.numpy() for tensor in tensors], int(case["s"]))
         motifs = draw_motifs(blocks, int(case["k"]), permutation.astype(np.intp), reference=True)
-        result = project(tensors, motifs, reference=True)
+        result = project(tensors, motifs)
         tensors = result.tensors
         for index, tensor in enumerate(tensors):
             np.testing.assert_array_equal(tensor.numpy(), case[f"out_{index}_step{step}"])
@@ -162,7 +175,7 @@ def test_latent_weights_under_a_quantiser_are_projected_as_published(path):
     tensors = [torch.tensor(case["in_" + name.replace(".", "_")]) for name in order]
     blocks = blocks_of([tensor.numpy() for tensor in tensors], int(case["s"]))
     motifs = draw_motifs(blocks, int(case["k"]), case["perm"].astype(np.intp), reference=True)
-    result = project(tensors, motifs, reference=True)
+    result = project(tensors, motifs)
     for name, tensor in zip(case["param_order"], result.tensors, strict=True):
         np.testing.assert_array_equal(tensor.numpy(), case["latent_" + name.replace(".", "_")])
         if not name.endswith("bias"):

@@ -60,7 +60,7 @@ def test_each_phase_has_its_own_fall_of_the_learning_rate():
     course = Course(Schedule(epochs=2, fine_tune_epochs=2))
     rates = []
     while course.phase != Phase.FINISHED:
-        rates += [course.lr_factor, course.lr_factor_after(0.5)]
+        rates += [course.lr_factor_after(0.0), course.lr_factor_after(0.5)]
         course.after_epoch(1.0)
     assert rates == pytest.approx([1.0, 0.5 + 0.5**1.5, 0.5, 0.5 - 0.5**1.5] * 2)
     assert Schedule(epochs=3, learning_rate="constant").lr_factor(Phase.REGULARISE, 2.5) == 1.0

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from kcomplex.training.protocol.mode import chosen_parameters
+from kcomplex.training.protocol.mode import WEIGHT_LAYERS, chosen_parameters
 
 Parametrisation = TypeVar("Parametrisation", bound=nn.Module)
 
@@ -21,10 +21,7 @@ _SHORT = (torch.float16, torch.bfloat16)
 class HoldingQuantiser(nn.Module, ABC):
     """A quantiser whose scale may be held, so that levels stay where they are while the weights move.
 
-    Attributes
-    ----------
-    held
-        What is held instead of being computed anew from the weights; None where nothing is.
+    What is held is None where the scale is computed anew from the weights.
     """
 
     held: torch.Tensor | None
@@ -53,7 +50,6 @@ class HoldingQuantiser(nn.Module, ABC):
 
 def parametrise(
     model: nn.Module,
-    types: tuple[type[nn.Module], ...] | None,
     include: str | Iterable[str],
     exclude: str | Iterable[str],
     make: Callable[[nn.Parameter], Parametrisation],
@@ -66,10 +62,8 @@ def parametrise(
 
     Parameters
     ----------
-    model
-        Changed in place.
-    types, include, exclude
-        Choice of parameters; see `chosen_parameters`.
+    model, include, exclude
+        What is changed in place, and the choice of its parameters; see `Mode`.
     make
         Returns the parametrisation of a parameter, on the parameter's device.
     reshaping
@@ -85,7 +79,7 @@ def parametrise(
         for name, parameter in module._parameters.items():
             sharers.setdefault(id(parameter), []).append((module, name))
     made = {}
-    for module, name, full in chosen_parameters(model, types, include, exclude):
+    for module, name, full in chosen_parameters(model, WEIGHT_LAYERS, include, exclude):
         parameter = module.get_parameter(name)
         made[full] = make(parameter)
         for sharer, its_name in sharers[id(parameter)]:

@@ -93,16 +93,7 @@ class Schedule:
 class Verdict:
     """What to do after an epoch, in this order.
 
-    Attributes
-    ----------
-    keep
-        Remember this state of the training.
-    restore
-        Go back to the state that was remembered.
-    prune
-        The regularised phase is over.
-    finished
-        So is the training.
+    Keep this state of the training; restore the one that was kept; prune, because the regularised phase is over; stop.
     """
 
     keep: bool = False
@@ -113,24 +104,10 @@ class Verdict:
 
 @dataclass
 class Course:
-    """A training's way through its schedule.
+    """A training's way through its schedule: its phase, the epochs so far, and those before this phase.
 
     With a window, every `Schedule.check_every` epochs the objective is compared with the one of the check before. Where
     it didn't improve is a turning point; the best of them is remembered, and restored if the phase ends worse.
-
-    Parameters
-    ----------
-    schedule
-        What was planned.
-
-    Attributes
-    ----------
-    phase
-        Where the training is.
-    epoch
-        Epochs so far.
-    begun
-        Epochs before this phase.
     """
 
     schedule: Schedule
@@ -140,11 +117,6 @@ class Course:
     _objectives: list[float] = field(default_factory=list)
     _checked: float = math.inf
     _kept: float = math.inf
-
-    @property
-    def lr_factor(self) -> float:
-        """The share of the learning rate that holds at the end of the last epoch."""
-        return self.lr_factor_after(0.0)
 
     def lr_factor_after(self, epochs: float) -> float:
         """Return the share of the learning rate that holds so many epochs from here, in this phase."""

@@ -176,12 +176,7 @@ def probabilities(
 ) -> torch.Tensor:
     """Return the probabilities that minimise `expected_objective` for the layer's own outputs, by Adam.
 
-    Parameters
-    ----------
-    weights, gram, price
-        See `expected_objective`; gram may be a mean over samples, and the price is then one a sample.
-    form, start, steps
-        See `Layerwise`.
+    Gram may be a mean over samples, and the price is then one a sample. For form, start and steps see `Layerwise`.
     """
     cross = weights @ gram
     target = (cross * weights).sum()

@@ -157,14 +157,9 @@ class PMMP(Pruning):
 
 
 def saddle(price: float, quadruples: Iterable[tuple[torch.Tensor, ...]]) -> torch.Tensor:
-    """Return ``price sum(gamma) + sum(u bracket)``, differentiable in all four tensors of each quadruple.
+    """Return ``price sum(gamma) + sum(u bracket)`` of quadruples theta, w, gamma, u, differentiable in all four.
 
-    Parameters
-    ----------
-    price
-        In nats a sample.
-    quadruples
-        theta, w, gamma, u of one shape; theta may have a shorter dtype than the others.
+    The price is in nats a sample. The tensors of a quadruple have one shape; theta may have a shorter dtype.
     """
     tensors = [tensor for quadruple in quadruples for tensor in quadruple]
     penalty: torch.Tensor = _Penalty.apply(price, *tensors)  # type: ignore[no-untyped-call]

@@ -66,13 +66,7 @@ class Pruning(Mode):
 
     @property
     def price(self) -> float:
-        """The penalty's weight alpha, in nats a sample and non-zero weight.
-
-        Raises
-        ------
-        SpecError
-            Neither alpha nor the number of samples is given.
-        """
+        """The penalty's weight alpha, in nats a sample and non-zero weight; SpecError where nothing gives it."""
         if self.alpha is not None:
             return self.alpha
         if self.samples is None:
@@ -221,10 +215,8 @@ class PrunedState:
     weights
         The priced parameters by full name. The objects are kept, not only the names: a mode that follows may move
         them behind a parametrisation.
-    rising_epochs
-        Over which the price rises.
-    epochs
-        So far.
+    rising_epochs, epochs
+        Over which the price rises, and so far.
     pruned
         Masks by full name, True where a weight is gone; empty before pruning.
     fine_tuning

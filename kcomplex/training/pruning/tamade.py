@@ -13,17 +13,7 @@ from kcomplex.errors import SpecError, WeightsError
 
 @dataclass(frozen=True)
 class Threshold:
-    """The outcome of a search.
-
-    Attributes
-    ----------
-    threshold
-        Parameters with a magnitude below it can go.
-    loss
-        Of what is left.
-    evaluations
-        How often the loss was evaluated.
-    """
+    """The outcome of a search: the magnitude below which parameters can go, the loss of what is left, evaluations."""
 
     threshold: float
     loss: float
@@ -104,19 +94,8 @@ def prune_tolerably(
 ) -> Threshold:
     """Prune parameters in place by one global threshold, as much as the loss tolerates; return the search's outcome.
 
-    Parameters
-    ----------
-    parameters
-        Written to while the search lasts; restored if `evaluate` raises.
-    evaluate
-        Returns the loss, or the share of mistakes, of the network that the parameters belong to, on held-out data.
-    tolerance, absolute
-        See `largest_threshold`.
-
-    Raises
-    ------
-    WeightsError
-        The unpruned network's loss is NaN or infinite.
+    `evaluate` returns the loss, or the share of mistakes, of the network that the parameters belong to, on held-out
+    data. They are restored if it raises. Tolerance and errors are those of `largest_threshold`.
     """
     parameters = list(parameters)
     kept = [parameter.detach().clone() for parameter in parameters]

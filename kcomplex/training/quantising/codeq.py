@@ -10,7 +10,7 @@ from torch import nn
 
 from kcomplex.errors import SpecError
 from kcomplex.estimators.spec import refuse_outside
-from kcomplex.training.protocol.mode import WEIGHT_LAYERS, Evaluate, Mode, ParameterGroups, latent
+from kcomplex.training.protocol.mode import Evaluate, Mode, ParameterGroups, latent
 from kcomplex.training.protocol.parametrised import effective, parametrise
 from kcomplex.training.quantising.controller import INTERVAL, Controller
 from kcomplex.training.quantising.dead_zone import MIN_BITS, DeadZoneQuantiser, IntegerTensor, Scheme
@@ -111,7 +111,7 @@ class CoDeQ(Mode):
 
     def attach(self, model: nn.Module) -> _State:
         """Return the quantisers that the chosen weights are read through from now on, and controllers of targets."""
-        quantisers = parametrise(model, WEIGHT_LAYERS, self.include, self.exclude, self._quantiser)
+        quantisers = parametrise(model, self.include, self.exclude, self._quantiser)
         controllers = {}
         if self.target_zeros is not None:
             controllers["dead_zone"] = Controller(self.target_zeros, self.dead_zone_lr)

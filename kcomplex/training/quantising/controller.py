@@ -43,16 +43,9 @@ class Controller:
 
     @torch.no_grad()
     def move(self, logits: Iterable[torch.Tensor], measured: float, answer: float) -> None:
-        """Move logits down for the `INTERVAL` steps to come, or up where that is negative.
+        """Move logits, all alike, down for the `INTERVAL` steps to come, or up where that is negative.
 
-        Parameters
-        ----------
-        logits
-            All move alike.
-        measured
-            The mean now.
-        answer
-            By how much it would grow if the logits fell by one, not negative.
+        ``measured`` is the mean now, and ``answer`` by how much it would grow if the logits fell by one, not negative.
         """
         error = self.target - measured
         way = 0.0 if abs(error) <= self.tolerance else error / max(answer, _FLATTEST)

@@ -138,19 +138,7 @@ def _dequantise(symbols: torch.Tensor, step: torch.Tensor, shift: torch.Tensor, 
 
 
 class DeadZoneQuantiser(HoldingQuantiser):
-    """The parametrisation of one tensor.
-
-    Parameters
-    ----------
-    scheme
-        What isn't learned.
-    learnable_bits
-        Whether the number of bits is learned.
-    initial_logit
-        Of dead zone and bits.
-    device
-        Of the logits, which are float32.
-    """
+    """The parametrisation of one tensor, with logits (float32) of the dead zone and, where they are learned, bits."""
 
     def __init__(self, scheme: Scheme, learnable_bits: bool, initial_logit: float, device: torch.device) -> None:
         super().__init__()
@@ -369,21 +357,8 @@ def _elementary_backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor
 def quantile_and_maximum(rows: torch.Tensor, quantile: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the quantile (linear interpolation between ranks) and the maximum of the magnitudes of every row.
 
-    Parameters
-    ----------
-    rows
-        Of shape (rows, n), float32 or float64, at least one entry a row.
-    quantile
-        In [0, 1].
-
-    Returns
-    -------
-    tuple
-        Two tensors of shape (rows, 1).
-
-    Notes
-    -----
-    One selection finds both neighbouring ranks. The values, and so the result, don't depend on the algorithm.
+    Both are of shape (rows, 1), for rows of float32 or float64, of one entry at least. One selection finds both
+    neighbouring ranks; the values, and so the result, don't depend on the algorithm.
     """
     position = quantile * (rows.shape[1] - 1)
     lower = math.floor(position)

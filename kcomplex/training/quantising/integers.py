@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,6 +17,8 @@ from kcomplex.errors import FormatError, SourceNotFoundError, WeightsError
 from kcomplex.machine.files import replacing
 from kcomplex.training.quantising.dead_zone import IntegerTensor
 from kcomplex.weights import DTYPES, dtype_name
+
+Parsed = TypeVar("Parsed")
 
 _FORMAT = "kcomplex integers 1"
 # What a part is called in a file, and in an `IntegerTensor`.
@@ -31,12 +33,8 @@ def save_integers(path: str | os.PathLike[str], plain: nn.Module, integers: Mapp
 
     Parameters
     ----------
-    path
-        Where to write.
-    plain
-        What `Mode.convert` returned.
-    integers
-        What `CoDeQ.integers` returned, by full name.
+    plain, integers
+        What `Mode.convert` and `CoDeQ.integers` returned.
 
     Raises
     ------
@@ -79,33 +77,49 @@ def load_integers(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
     SourceNotFoundError, FormatError
         There is no such file, or it isn't one of `save_integers`.
     """
-    integers, state, aliases = _read(Path(path))
+    integers, state, aliases = _read(path)
     state |= {name: item.values() for name, item in integers.items()}
     return state | {alias: state[name] for alias, name in aliases.items()}
 
 
 def read_integers(path: str | os.PathLike[str]) -> dict[str, IntegerTensor]:
     """Return the quantised tensors of a file of `save_integers`; see `load_integers`."""
-    return _read(Path(path))[0]
+    return _read(path)[0]
 
 
-def _read(path: Path) -> tuple[dict[str, IntegerTensor], dict[str, torch.Tensor], dict[str, str]]:
+def _read(path: str | os.PathLike[str]) -> tuple[dict[str, IntegerTensor], dict[str, torch.Tensor], dict[str, str]]:
+    return read_own(path, _FORMAT, "save_integers", _parsed)
+
+
+def read_own(
+    path: str | os.PathLike[str],
+    format_: str,
+    writer: str,
+    parse: Callable[[dict[str, str], dict[str, torch.Tensor]], Parsed],
+) -> Parsed:
+    """Return what is made of the metadata and tensors of a safetensors file that a function here wrote.
+
+    Raises
+    ------
+    SourceNotFoundError, FormatError
+        There is no such file, or it isn't one of that function.
+    """
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it isn't a mapping
-        return _parsed(metadata, tensors)
+        if metadata.get("format") == format_:
+            return parse(metadata, tensors)
     except FileNotFoundError:
         raise SourceNotFoundError(f"{path}: no such file") from None
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
-        raise FormatError(f"{path}: isn't a file that save_integers wrote, or is broken ({error!r})") from error
+    except (OSError, SafetensorError, LookupError, TypeError, ValueError, AttributeError) as error:
+        raise FormatError(f"{path}: isn't a file that {writer} wrote, or is broken ({error!r})") from error
+    raise FormatError(f"{path}: isn't a file that {writer} wrote: its format is {metadata.get('format')!r}")
 
 
 def _parsed(
     metadata: dict[str, str], tensors: dict[str, torch.Tensor]
 ) -> tuple[dict[str, IntegerTensor], dict[str, torch.Tensor], dict[str, str]]:
-    if metadata.get("format") != _FORMAT:
-        raise ValueError(f"its format is {metadata.get('format')!r}")
     aliases = {str(alias): str(name) for alias, name in json.loads(metadata["aliases"]).items()}
     integers = {
         name: _checked(

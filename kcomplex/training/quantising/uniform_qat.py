@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from kcomplex.estimators.spec import refuse_outside
-from kcomplex.training.protocol.mode import WEIGHT_LAYERS, Mode
+from kcomplex.training.protocol.mode import Mode
 from kcomplex.training.protocol.parametrised import HoldingQuantiser, arithmetic_dtype, parametrise, share_of_zeros
 
 # From here on a float32 weight is kept as it is.
@@ -47,15 +47,8 @@ class UniformQAT(Mode):
 
     def attach(self, model: nn.Module) -> tuple[str, ...]:
         """Return the names of the chosen weights, which are read through the quantiser from now on."""
-        return tuple(
-            parametrise(
-                model,
-                WEIGHT_LAYERS,
-                self.include,
-                self.exclude,
-                lambda _: UniformQuantiser(self.bits, self.per_channel),
-            )
-        )
+        made = parametrise(model, self.include, self.exclude, lambda _: UniformQuantiser(self.bits, self.per_channel))
+        return tuple(made)
 
     def report(self) -> dict[str, float]:
         """Return ``zeros``, the share of quantised weights that are zero."""

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from kcomplex.estimators.spec import refuse_outside
-from kcomplex.training.protocol.mode import WEIGHT_LAYERS, Mode, chosen_weights
+from kcomplex.training.protocol.mode import Mode, chosen_weights
 from kcomplex.training.protocol.parametrised import parametrise, share_of_zeros
 
 # A prime just below 2**31: products of two residues fit in 64 bits.
@@ -67,7 +67,7 @@ class HashedSharing(Mode):
             start += -(-parameter.numel() // self.chunk)
             return made
 
-        made = parametrise(model, WEIGHT_LAYERS, self.include, self.exclude, shared, reshaping=True)
+        made = parametrise(model, self.include, self.exclude, shared, reshaping=True)
         return tuple(made), entries, weights
 
     def report(self) -> dict[str, float]:

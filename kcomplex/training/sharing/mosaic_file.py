@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from kcomplex.errors import FormatError, SourceNotFoundError, SpecError
+from kcomplex.errors import SpecError
 from kcomplex.machine.files import replacing
 from kcomplex.motifs.blocks import split_rows
 from kcomplex.training.protocol.mode import Mode
 from kcomplex.training.quantising.dead_zone import DeadZoneQuantiser
+from kcomplex.training.quantising.integers import read_own
 from kcomplex.training.quantising.uniform_qat import UniformQuantiser
 from kcomplex.training.sharing.momos import MoMos
 from kcomplex.training.sharing.mosaics import Group, Mosaic
@@ -87,15 +87,7 @@ def load_mosaics(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
     SourceNotFoundError, FormatError
         There is no such file, or it isn't one of `save_mosaics`.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it isn't a mapping
-        return _unpacked(metadata, tensors)
-    except FileNotFoundError:
-        raise SourceNotFoundError(f"{path}: no such file") from None
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        raise FormatError(f"{path}: isn't a file that save_mosaics wrote, or is broken ({error!r})") from error
+    return read_own(path, _FORMAT, "save_mosaics", _unpacked)
 
 
 def _packed(group: Group, mosaic: Mosaic) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
@@ -137,8 +129,6 @@ def _levels(quantiser: torch.nn.Module, weights: torch.Tensor) -> torch.Tensor:
 
 
 def _unpacked(metadata: dict[str, str], tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    if metadata.get("format") != _FORMAT:
-        raise ValueError(f"its format is {metadata.get('format')!r}")
     state = {}
     for number, told in enumerate(json.loads(metadata["mosaics"])):
         size, count, bits = int(told["block_size"]), int(told["motifs"]), told["bits"]

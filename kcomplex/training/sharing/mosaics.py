@@ -1,8 +1,8 @@
-"""The mosaics of a model's parameters: members, which may be quantised, and what is on a mosaic."""
+"""The mosaics of a model's parameters: members, which may be quantised, and their projection on a mosaic."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
 
@@ -13,11 +13,10 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from kcomplex.errors import SpecError
-from kcomplex.motifs.blocks import Blocks, blocks_of, mean_motifs, mosaic_bits
+from kcomplex.motifs.blocks import Blocks, blocks_of, mean_motifs, mosaic_bits, split_rows
 from kcomplex.motifs.nearest import Indices, Rows
 from kcomplex.training.protocol.mode import latent
 from kcomplex.training.protocol.parametrised import HoldingQuantiser
-from kcomplex.training.sharing.projection import Projection, array_of, replaced
 
 
 @dataclass
@@ -31,17 +30,33 @@ class Mosaic:
 
 
 @dataclass(frozen=True)
-class Member:
-    """A parameter on a mosaic; where a quantiser stands before it, motifs are made of its symbols.
+class Projection:
+    """Tensors on a mosaic.
 
     Attributes
     ----------
-    name
-        Full name in the model.
-    parameter
-        The weights, latent ones where they are quantised.
-    quantiser
-        What quantises them, or None.
+    tensors
+        In the shapes and dtypes of what was projected.
+    assignment, counts
+        The motif of every block, of shape (m,); how many blocks use each motif, of shape (k,).
+    distortion
+        Sum of squared changes, in float64.
+    changed
+        Number of weights whose value changed.
+    """
+
+    tensors: list[torch.Tensor]
+    assignment: Indices
+    counts: NDArray[np.intp]
+    distortion: float
+    changed: int
+
+
+@dataclass(frozen=True)
+class Member:
+    """A parameter on a mosaic, by its full name.
+
+    Where a quantiser stands before it, the weights are latent ones, and motifs are made of the quantiser's symbols.
     """
 
     name: str
@@ -128,8 +143,7 @@ class Group:
     @torch.no_grad()
     def place(self, motifs: Rows, assignment: Indices) -> Projection:
         """Put every block's assigned motif in its place, in the model; return what that changed."""
-        sizes = tuple(parameter.numel() for parameter in self.parameters)
-        projection = replaced(self.parameters, sizes, motifs, assignment, [member.tensor_of for member in self.members])
+        projection = replaced(self.parameters, motifs, assignment, [member.tensor_of for member in self.members])
         if projection.changed:
             for parameter, tensor in zip(self.parameters, projection.tensors, strict=True):
                 parameter.copy_(tensor)
@@ -155,6 +169,40 @@ class Group:
             "nominal_bits": float(mosaic_bits(used, self.block_size, self.word_bits, len(projection.assignment))),
             "raw_bits": float(8 * self._widest.itemsize * weights),
         }
+
+
+def replaced(
+    tensors: Sequence[torch.Tensor],
+    motifs: Rows,
+    assignment: Indices,
+    tensors_of: Sequence[Callable[[Rows], torch.Tensor]],
+) -> Projection:
+    """Return tensors with the assigned motif in the place of every block; they themselves aren't changed.
+
+    Parameters
+    ----------
+    tensors
+        Cut in blocks as `kcomplex.motifs.blocks.blocks_of` does.
+    motifs, assignment
+        Of shapes (k, s) and (m,).
+    tensors_of
+        For each tensor, what makes one of its shape and dtype of flat entries of motifs.
+    """
+    projected, distortion, changed = [], 0.0, 0
+    rows = split_rows(motifs[assignment], tuple(tensor.numel() for tensor in tensors))
+    for tensor, flat, tensor_of in zip(tensors, rows, tensors_of, strict=True):
+        after = tensor_of(flat)
+        difference = array_of(after) - array_of(tensor)
+        distortion += float(np.square(difference).sum())
+        changed += int(np.count_nonzero(difference))
+        projected.append(after)
+    return Projection(projected, assignment, np.bincount(assignment, minlength=len(motifs)), distortion, changed)
+
+
+def array_of(tensor: torch.Tensor) -> Rows:
+    """Return a tensor as a float64 array."""
+    array: Rows = tensor.detach().to("cpu", torch.float64).numpy()
+    return array
 
 
 def blocks_in(model: nn.Module, names: Sequence[str], block_size: int) -> int:

@@ -16,17 +16,7 @@ from kcomplex.training.shrinking.reachability import by_unit, unused_units
 
 @dataclass(frozen=True)
 class Shrunk:
-    """A network without its dead units.
-
-    Attributes
-    ----------
-    model
-        A plain copy with smaller layers.
-    units
-        Units that are left, by layer name.
-    removed
-        Units that are gone, by layer name.
-    """
+    """A plain copy of a network without its dead units: how many are left, and how many gone, by layer name."""
 
     model: nn.Module
     units: dict[str, int]
