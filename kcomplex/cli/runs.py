@@ -10,6 +10,9 @@ import typer
 from kcomplex.cli.output import GIVEN, OutputFormat, errors, output_format, printable, write_frame
 from kcomplex.errors import RunError
 
+# No terminal is wider, and a table of thousands takes minutes.
+_MOST_COLUMNS = 60
+
 
 def runs(
     path: Annotated[str, typer.Argument(help="a run, or a folder of runs")] = "runs",
@@ -56,6 +59,12 @@ def runs(
             frame = frame[frame["step"] == frame.groupby("run")["step"].transform("max")]
         hidden = ["value", "unit", "bits", "raw_bits", "wall_time", "seconds", "version", "lossless", "distortion"]
         hidden += ["counted_tensors", "all_tensors", "selection", "given_tensors", "given_of"]
-        write_frame(frame.drop(columns=hidden) if output is OutputFormat.TABLE else frame, output, title=path)
+        if output is OutputFormat.TABLE:
+            frame = frame.drop(columns=hidden)
+            more = len(frame.columns) - _MOST_COLUMNS
+            if more > 0:
+                errors.print(f"{more:,} metrics more are left out of the table: --csv and --json hold them")
+                frame = frame.iloc[:, :_MOST_COLUMNS]
+        write_frame(frame, output, title=path)
     if told:
         raise RunError(f"{path}: not all of the runs are shown or measured: see above")

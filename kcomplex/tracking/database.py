@@ -104,7 +104,8 @@ def reading(path: Path) -> Iterator[None]:
     """
     try:
         yield
-    except sqlite3.Error as error:
+    # SQLite's messages may quote what is no text.
+    except (sqlite3.Error, UnicodeDecodeError) as error:
         raise RunError(f"{path}: not a readable run store: {str(error)[:200]}") from error
 
 
@@ -200,7 +201,7 @@ def _connect_read_only(path: Path) -> sqlite3.Connection:
     connection = _connect(address, uri=True)
     try:
         connection.execute(_SCHEMA_QUERY)
-    except sqlite3.Error as error:
+    except (sqlite3.Error, UnicodeDecodeError) as error:
         connection.close()
         log = path.with_name(path.name + "-wal")
         if getattr(error, "sqlite_errorcode", 0) & 0xFF not in _NO_LOCK_FILE or (log.is_file() and log.stat().st_size):

@@ -39,7 +39,7 @@ _EVENTS = (
 _CONFIGURATION = "SELECT status, created, seed, version, estimators, settings, config FROM run"
 # Cells of a table that has a column a name: names that stand in one row each would make far more of them than a store
 # has bytes.
-_MOST_CELLS, _MOST_CELLS_A_VALUE = 1 << 24, 64
+_MOST_CELLS, _MOST_CELLS_A_VALUE = 1 << 22, 16
 
 OnDamage: TypeAlias = "Callable[[RunError], object]"
 
