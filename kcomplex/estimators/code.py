@@ -180,7 +180,7 @@ class Code(Estimator):
     def describe(self, weights: Weights, *, jobs: int = 1, progress: Progress | None = None) -> Description:
         """Return the description of the shortest stream; see `Estimator.describe`. Codes pay for the structure."""
         start = time.perf_counter()
-        distinct = distinct_weights(weights)
+        distinct = distinct_weights(weights, self.quantises)
 
         def described(code: Code) -> tuple[Description, Outcome]:
             # Whoever watches sees each tensor once.
@@ -301,6 +301,10 @@ class OtherEncoder(Code):
     def sequential(self) -> bool:
         """Whether the decoder is."""
         return self.decoder.sequential
+
+    def quantises(self, handle: TensorHandle) -> bool:
+        """Return whether the decoder's encoder does."""
+        return self.decoder.quantises(handle)
 
     def divides(self, shared: bytes) -> bool:
         """Return whether the decoder does."""

@@ -55,6 +55,11 @@ class TensorDescription:
     same_as: str = ""
     transposed: bool = False
 
+    @property
+    def distortion(self) -> float:
+        """Mean squared error a weight."""
+        return self.squared_error / max(self.weights, 1)
+
 
 @dataclass(frozen=True)
 class GivenMatch:
@@ -235,7 +240,11 @@ class Description:
         }
 
     def to_frame(self) -> pd.DataFrame:
-        """Return one row a tensor: shape, dtype, weights, value, bits per weight and the parts (``part_...``)."""
+        """Return one row a tensor: shape, dtype, weights, value, bits per weight, error and the parts (``part_...``).
+
+        ``mse`` is the mean squared error a weight of what the decoder gives back, ``exact`` whether that is every bit;
+        proxies have neither.
+        """
         import pandas as pd
 
         rows = []
@@ -253,6 +262,8 @@ class Description:
                     "unit": self.unit,
                     "value": tensor.value,
                     "bits_per_weight": tensor.value / tensor.weights if in_bits else math.nan,
+                    "mse": math.nan if self.lossless is None else tensor.distortion,
+                    "exact": None if self.lossless is None else tensor.exact,
                     **{f"part_{part}": bits for part, bits in tensor.parts.items()},
                 }
             )

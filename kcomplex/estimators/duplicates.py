@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from kcomplex.weights import TensorHandle, Weights, words_of
+from kcomplex.estimators.pieces import handles_of, piece_limit
+from kcomplex.weights import TensorHandle, Weights
 
 # Shorter tensors cost hardly more than their reference does.
 _FEWEST_BYTES = 4
@@ -47,16 +48,21 @@ class Distinct(NamedTuple):
     originals: Mapping[str, Original]
 
 
-def distinct_weights(weights: Weights) -> Distinct:
+def distinct_weights(weights: Weights, apart: Callable[[TensorHandle], Hashable] = lambda handle: None) -> Distinct:
     """Return the weights without those that equal an earlier tensor in dtype and bits, in any shape, or transposed.
 
     Only tensors that share dtype and size with another are read, one after another, and told apart by a sum of their
     words, which no order changes; those of the same sum by a digest.
+
+    Parameters
+    ----------
+    apart
+        Tensors of which it returns different things are different: what is quantised, and what isn't.
     """
-    groups: dict[tuple[torch.dtype, int], list[TensorHandle]] = {}
+    groups: dict[Hashable, list[TensorHandle]] = {}
     for handle in weights.values():
         if handle.nbytes >= _FEWEST_BYTES:
-            groups.setdefault((handle.dtype, handle.elements), []).append(handle)
+            groups.setdefault((handle.dtype, handle.elements, apart(handle)), []).append(handle)
     originals: dict[str, Original] = {}
     for group in groups.values():
         alike: dict[tuple[int, int], list[TensorHandle]] = {}
@@ -82,28 +88,40 @@ def can_be_duplicate(shape: tuple[int, ...], of: tuple[int, ...], transposed: bo
 
 
 def _fingerprint(handle: TensorHandle) -> tuple[int, int]:
-    words = words_of(handle.read())
-    return int(np.sum(words, dtype=np.uint64)), int(np.bitwise_xor.reduce(words))
+    total, parity = 0, 0
+    for piece in handles_of(handle, piece_limit(True)):
+        words = piece.words()
+        total += int(np.sum(words, dtype=np.uint64))
+        parity ^= int(np.bitwise_xor.reduce(words))
+    return total, parity
 
 
 def _originals(handles: list[TensorHandle]) -> dict[str, Original]:
     """Return the originals among tensors of one dtype and size."""
     found: dict[str, Original] = {}
     plain: dict[bytes, str] = {}
-    turned: dict[tuple[bytes, tuple[int, ...]], str] = {}
+    turned: dict[str, bytes] = {}
+    first: list[TensorHandle] = []
     for handle in handles:
-        tensor = handle.read()
-        digest = _digest(tensor)
+        digest = _digest(handle)
         if digest in plain:
             found[handle.name] = Original(plain[digest], False)
-        elif (digest, handle.shape) in turned:
-            found[handle.name] = Original(turned[digest, handle.shape], True)
+            continue
+        for other in first:
+            if can_be_duplicate(handle.shape, other.shape, True):
+                if other.name not in turned:
+                    turned[other.name] = _digest(TensorHandle.of(other.name, other.read().t()))
+                if turned[other.name] == digest:
+                    found[handle.name] = Original(other.name, True)
+                    break
         else:
             plain[digest] = handle.name
-            if can_be_duplicate(handle.shape[::-1], handle.shape, True):
-                turned.setdefault((_digest(tensor.t()), handle.shape[::-1]), handle.name)
+            first.append(handle)
     return found
 
 
-def _digest(tensor: torch.Tensor) -> bytes:
-    return hashlib.blake2b(words_of(tensor).data, digest_size=_DIGEST_BYTES).digest()
+def _digest(handle: TensorHandle) -> bytes:
+    digest = hashlib.blake2b(digest_size=_DIGEST_BYTES)
+    for piece in handles_of(handle, piece_limit(True)):
+        digest.update(piece.words().data)
+    return digest.digest()

@@ -44,6 +44,10 @@ class Estimator(ABC):
         """Specification string with every option, defaults included."""
         return full_spec_of(self)
 
+    def quantises(self, handle: TensorHandle) -> bool:
+        """Return whether the tensor is quantised, where others of the same bits may not be; no by default."""
+        return False
+
     @abstractmethod
     def describe(self, weights: Weights, *, jobs: int = 1, progress: Progress | None = None) -> Description:
         """Return the description of weights.

@@ -32,7 +32,7 @@ class CodeLength(Estimator):
     def describe(self, weights: Weights, *, jobs: int = 1, progress: Progress | None = None) -> Description:
         """Return the description; see `Estimator.describe`. Ideal lengths pay for the structure."""
         start = time.perf_counter()
-        distinct = Distinct(weights, {}) if self.kind == "proxy" else distinct_weights(weights)
+        distinct = Distinct(weights, {}) if self.kind == "proxy" else distinct_weights(weights, self.quantises)
         shared = self.prepare(distinct.weights)
         measured = for_each_tensor(partial(self.tensor_length, shared=shared), distinct.weights, jobs, progress)
         lengths = dict(zip(distinct.weights, measured, strict=True))

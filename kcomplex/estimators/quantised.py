@@ -26,6 +26,11 @@ from kcomplex.estimators.symbols import Shape, Symbols
 from kcomplex.estimators.transformed import TwoStages
 from kcomplex.weights import TensorHandle, Weights, dtype_name, squared_error, values_of, words_of
 
+# What a tensor is to its network, where it is quantised: statistics and the vectors of norms take next to no bits, and
+# are multiplied with everything.
+_QUANTISED_ROLES = ("weight", "bias")
+# What is chosen for a tensor of floats that is kept exactly.
+_KEPT = 1
 # What the forms of quantised symbols are told beside.
 _USUAL_DTYPE = np.dtype(np.int8)
 
@@ -34,16 +39,20 @@ _USUAL_DTYPE = np.dtype(np.int8)
 class QuantisedCode(TwoStages, Code):
     """A code behind a quantiser: a decodable code for the quantised weights.
 
-    Tensors that hold integers, booleans or complex numbers are coded losslessly by the code alone.
+    Weights and biases are quantised; norms, statistics and other buffers, and all tensors that hold integers, booleans
+    or complex numbers, are coded losslessly by the code alone.
 
     Attributes
     ----------
+    names
+        Of the tensors that are quantised, whatever they are to their network; None for weights and biases.
     side
         The side information of all pieces of a long tensor, where they have it in common.
     """
 
     quantiser: Quantiser
     code: SymbolCode
+    names: frozenset[str] | None = None
     side: bytes | None = None
     name: ClassVar[str] = "quantised"
 
@@ -57,13 +66,19 @@ class QuantisedCode(TwoStages, Code):
         """Whether the code behind the quantiser predicts integers from numbers that are known."""
         return self.code.predicts
 
+    def quantises(self, handle: TensorHandle) -> bool:
+        """Return whether the tensor is quantised."""
+        if self.names is not None:
+            return handle.name in self.names
+        return _is_quantised(self.quantiser, handle)
+
     def divides(self, shared: bytes) -> bool:
         """Return whether the quantiser does."""
         return self.quantiser.divides(shared)
 
     def for_pieces(self, handle: TensorHandle) -> QuantisedCode:
         """Return the code with the side information that the pieces of a long tensor have in common."""
-        if not is_quantisable(handle.dtype) or self.quantiser.lossless:
+        if not self.quantises(handle) or self.quantiser.lossless:
             return self
 
         def pieces() -> Iterator[NDArray[np.floating[Any]]]:
@@ -74,7 +89,7 @@ class QuantisedCode(TwoStages, Code):
 
     def prepare(self, weights: Weights) -> bytes:
         """Return what the quantiser learns from all tensors that it will quantise."""
-        return self.quantiser.fit(_quantisable(weights))
+        return self.quantiser.fit(list(filter(self.quantises, weights.values())))
 
     def memory(self, shared: bytes) -> Memory:
         """Return the memory of the code behind the quantiser."""
@@ -88,8 +103,9 @@ class QuantisedCode(TwoStages, Code):
         WeightsError
             The tensor holds NaN or infinity, and the quantiser isn't lossless.
         """
-        if not is_quantisable(handle.dtype):
-            return self.code.encode(handle, memory, known)
+        if not self.quantises(handle):
+            encoded = self.code.encode(handle, memory, known)
+            return replace(encoded, choice=_KEPT) if is_quantisable(handle.dtype) else encoded
         tensor = QuantisedTensor(self.quantiser, handle, memory.shared, self.side)
         if tensor.escapes:
             encoded = self.code.encode(handle, memory, known)
@@ -104,8 +120,10 @@ class QuantisedCode(TwoStages, Code):
     def decode(
         self, entry: TensorEntry, data: bytes, memory: Memory, known: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Return the quantised tensor, the same on every machine; see `Code.decode`."""
-        if not is_quantisable(entry.dtype):
+        """Return the tensor, quantised or kept, the same on every machine; see `Code.decode`."""
+        if entry.choice > (_KEPT if is_quantisable(entry.dtype) else 0):
+            raise StreamError(f"{self.quantiser.name}: a tensor of the unknown kind {entry.choice}")
+        if entry.choice == _KEPT or not is_quantisable(entry.dtype):
             return self.code.decode(entry, data, memory, known)
         reader = Reader(data)
         announced = reader.varint()
@@ -138,7 +156,11 @@ class QuantisedLength(TwoStages, CodeLength):
 
     def prepare(self, weights: Weights) -> bytes:
         """Return what the quantiser learns from all tensors that it will quantise."""
-        return self.quantiser.fit(_quantisable(weights))
+        return self.quantiser.fit(list(filter(self.quantises, weights.values())))
+
+    def quantises(self, handle: TensorHandle) -> bool:
+        """Return whether the tensor is quantised."""
+        return _is_quantised(self.quantiser, handle)
 
     def length(self, symbols: Symbols) -> float:
         """Return the length of integers, which aren't quantised."""
@@ -146,7 +168,7 @@ class QuantisedLength(TwoStages, CodeLength):
 
     def tensor_length(self, handle: TensorHandle, shared: bytes) -> TensorLength:
         """Return the length of symbols and side information, with the distortion."""
-        if not is_quantisable(handle.dtype):
+        if not self.quantises(handle):
             return self.measure.tensor_length(handle, b"")
         tensor = QuantisedTensor(self.quantiser, handle, shared)
         if tensor.escapes:
@@ -166,10 +188,10 @@ def quantised_weights(estimator: QuantisedCode | QuantisedLength, weights: Weigh
 
     The files stay those of the weights that were given, which must stay open.
     """
-    shared = estimator.prepare(distinct_weights(weights).weights)
+    shared = estimator.prepare(distinct_weights(weights, estimator.quantises).weights)
     handles = [
         replace(handle, load=partial(quantised_tensor, estimator, handle, shared), load_range=None)
-        if is_quantisable(handle.dtype)
+        if estimator.quantises(handle)
         else handle
         for handle in weights.values()
     ]
@@ -258,5 +280,6 @@ def _of_shape(known: torch.Tensor | None, shape: Shape) -> torch.Tensor | None:
     return known if known is not None and tuple(known.shape) == shape else None
 
 
-def _quantisable(weights: Weights) -> list[TensorHandle]:
-    return [handle for handle in weights.values() if is_quantisable(handle.dtype)]
+def _is_quantised(quantiser: Quantiser, handle: TensorHandle) -> bool:
+    # Where nothing is lost, nothing needs to be kept.
+    return is_quantisable(handle.dtype) and (quantiser.lossless or handle.role in _QUANTISED_ROLES)

@@ -86,6 +86,10 @@ class GivenCode(Code):
         """Whether the code behind is."""
         return self.code.sequential
 
+    def quantises(self, handle: TensorHandle) -> bool:
+        """Return whether the code behind does."""
+        return self.code.quantises(handle)
+
     def prepare(self, weights: Weights) -> bytes:
         """Return how given tensors are called, and the side information of the code behind."""
         with self.begin(weights, Distinct(weights, {})) as memory:

@@ -96,7 +96,7 @@ def encode(
         with opened(source, partial, **choices) as weights, replacing(target) as temporary, ExitStack() as stack:
             if not len(weights):
                 raise WeightsError(f"{weights.source}: it holds no tensor that could be encoded")
-            notes, distinct = _layout_of(source, weights), distinct_weights(weights)
+            notes, distinct = _layout_of(source, weights), distinct_weights(weights, code.quantises)
             latest = temporary
 
             def written(trial: Code) -> tuple[Path, Outcome]:

@@ -57,6 +57,8 @@ def _plain(description: Description) -> dict[str, Any]:
                 "raw_bits": tensor.raw_bits,
                 "value": _json_number(tensor.value),
                 "parts": dict(tensor.parts),
+                "mse": None if description.lossless is None else tensor.distortion,
+                "exact": None if description.lossless is None else tensor.exact,
                 "same_as": tensor.same_as or None,
             }
             for tensor in description.tensors

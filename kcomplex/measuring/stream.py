@@ -49,7 +49,7 @@ def encode_checkpoint(
     with opened(source, partial, **choices) as weights:
         if not len(weights):
             raise WeightsError(f"{weights.source}: it holds no tensor that could be encoded")
-        distinct = distinct_weights(weights)
+        distinct = distinct_weights(weights, code.quantises)
         return shortest(code, lambda code: _encoded(weights, distinct, code))
 
 

@@ -10,16 +10,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kcomplex.errors import SpecError
+from kcomplex.errors import SpecError, WeightsError
 from kcomplex.estimators.estimator import Estimator
 from kcomplex.estimators.pipeline import build_estimator
-from kcomplex.estimators.quantised import QuantisedCode
+from kcomplex.estimators.quantised import QuantisedCode, is_quantisable
 from kcomplex.estimators.symbols import Shape
 from kcomplex.kcz.container import Container, encode
 from kcomplex.machine.files import refuse_overwriting
 from kcomplex.quantising.step_search import DEFAULT_ESTIMATOR, EVALUATIONS, WITHIN, Steps
 from kcomplex.quantising.step_trials import Evaluate, Progress, Trials
 from kcomplex.sources.open import Choices, Source, opened
+from kcomplex.weights import Weights
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -51,8 +52,8 @@ class Quantisation:
         Each tensor's step, bits and squared error.
     weights, bits
         Number of weights, and eight times the bytes of the file.
-    distortion
-        Mean squared error a weight.
+    quantised_weights, distortion
+        Number of weights in quantised tensors, and the mean squared error of each of these.
     loss, baseline, limit
         Of the decoded and of the original weights, and what was allowed; None where no loss was evaluated.
     evaluations
@@ -64,6 +65,7 @@ class Quantisation:
     tensors: tuple[SteppedTensor, ...]
     weights: int
     bits: int
+    quantised_weights: int
     distortion: float
     loss: float | None = None
     baseline: float | None = None
@@ -72,8 +74,9 @@ class Quantisation:
 
     @property
     def bits_per_weight(self) -> float:
-        """Bits of the whole file divided by the number of weights."""
-        return self.bits / max(self.weights, 1)
+        """Bits of the file, but for the streams of tensors that are kept, for each weight that is quantised."""
+        kept = sum(item.bits for item in self.tensors if item.step is None)
+        return (self.bits - kept) / self.quantised_weights
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything but the tensors as a flat dictionary."""
@@ -110,6 +113,8 @@ def quantise(
     evaluations: int = EVALUATIONS,
     jobs: int = 1,
     progress: Progress | None = None,
+    include: str | Iterable[str] = (),
+    exclude: str | Iterable[str] = (),
     partial: bool = False,
     root: str = "",
     count: str | Iterable[str] = (),
@@ -126,9 +131,10 @@ def quantise(
     estimator
         A quantiser with an option ``step``, and a coder. The step is searched for; its value here doesn't matter.
     mse
-        The wish: a mean squared error a weight of at most this.
+        The wish: a mean squared error of at most this for each weight that is quantised.
     bits
-        The wish: at most so many bits a weight, and the least error at that.
+        The wish: at most so many bits for each weight that is quantised, the file but for the streams of other tensors,
+        and the least error at that.
     evaluate
         The wish: a loss of at most ``baseline + within * abs(baseline)``. It gets a state dict (names, aliases too, to
         tensors in their own dtypes, which it may change) and returns a number.
@@ -136,6 +142,9 @@ def quantise(
         Share of the baseline's loss that may be added.
     evaluations
         How often ``evaluate`` may be called.
+    include, exclude
+        Globs of names: floating-point tensors that match are quantised, or kept exactly. By default weights and biases
+        are quantised; norms, statistics and other buffers aren't.
     root, count, skip, partial
         What of the source is written; see `open_weights` and `kcomplex.describe`.
     jobs
@@ -168,7 +177,7 @@ def quantise(
     refuse_overwriting(Path(path), source)
     choices: Choices = {"root": root, "count": count, "skip": skip}
     with opened(source, partial, **choices) as weights:
-        trials = Trials(source, choices, weights, code, jobs, progress)
+        trials = Trials(source, choices, weights, code, _names(weights, code, include, exclude), jobs, progress)
         if evaluate is not None:
             outcome, baseline, limit = trials.by_loss(evaluate, within, evaluations)
             told = _written(path, trials, outcome.steps)
@@ -195,9 +204,27 @@ def _written(path: str | os.PathLike[str], trials: Trials, steps: Steps) -> Quan
             )
             for entry in container.entries
         )
-    elements = trials.weights.elements
-    distortion = sum(errors.values()) / max(elements, 1)
-    return Quantisation(code.spec, trials.global_step(steps), tensors, elements, 8 * size, distortion)
+    elements, quantised = trials.weights.elements, trials.quantised_weights
+    distortion = sum(errors.values()) / quantised
+    return Quantisation(code.spec, trials.global_step(steps), tensors, elements, 8 * size, quantised, distortion)
+
+
+def _names(
+    weights: Weights, code: QuantisedCode, include: str | Iterable[str], exclude: str | Iterable[str]
+) -> frozenset[str]:
+    """Return the names of the tensors that are to be quantised.
+
+    Raises
+    ------
+    WeightsError
+        There is none, or a pattern matches no tensor of floats.
+    """
+    floats = [handle for handle in weights.values() if is_quantisable(handle.dtype) and handle.elements]
+    chosen = Weights(floats, source=weights.source).select(include, exclude)
+    found = [name for name, handle in chosen.items() if include or code.quantises(handle)]
+    if not found:
+        raise WeightsError(f"{weights.source}: there is no floating-point tensor to quantise")
+    return frozenset(found)
 
 
 def _searchable(estimator: str | Estimator) -> QuantisedCode:

@@ -6,6 +6,7 @@ import math
 import tempfile
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -19,11 +20,10 @@ from kcomplex.estimators.pieces import handles_of, piece_limit
 from kcomplex.estimators.quantised import (
     QuantisedCode,
     finite_values,
-    is_quantisable,
     quantised_pieces,
     quantised_tensor,
 )
-from kcomplex.kcz.container import encode
+from kcomplex.kcz.container import Container, encode
 from kcomplex.machine.parallel import in_order
 from kcomplex.quantising.step_search import FINE, LossSearch, Outcome, Steps, boundary, length_probe, mean_square_probe
 from kcomplex.quantising.stepped_code import SteppedCode, with_step
@@ -34,6 +34,7 @@ from kcomplex.weights import TensorHandle, Weights
 # magnitude.
 _FINEST, _COARSEST = -22.0, 2.0
 _START = -2.0
+_TRIAL = "trial.kcz"
 
 Evaluate: TypeAlias = Callable[[dict[str, torch.Tensor]], Any]
 Progress: TypeAlias = Callable[[int, float], None]
@@ -42,8 +43,15 @@ Progress: TypeAlias = Callable[[int, float], None]
 class Trials:
     """The tensors that are quantised, with what is measured of them.
 
+    Parameters
+    ----------
+    names
+        Of the tensors that are quantised.
+
     Attributes
     ----------
+    quantised_weights
+        How many weights they have.
     count
         How many trials there were.
     """
@@ -54,19 +62,20 @@ class Trials:
         choices: Choices,
         weights: Weights,
         code: QuantisedCode,
+        names: frozenset[str],
         jobs: int,
         progress: Progress | None,
     ) -> None:
-        self.source, self.choices, self.weights, self.code = source, choices, weights, code
+        self.source, self.choices, self.weights = source, choices, weights
+        self.code = code = replace(code, names=names)
         self.jobs, self.progress = jobs, progress
         # A tensor that is the same as an earlier one has its step, and costs nothing.
-        own, self.originals = distinct_weights(weights)
+        own, self.originals = distinct_weights(weights, code.quantises)
         self.copies = Counter(original.name for original in self.originals.values())
-        self.handles = [handle for handle in own.values() if is_quantisable(handle.dtype) and handle.elements]
-        if not self.handles:
-            raise WeightsError(f"{weights.source}: there is no floating-point tensor to quantise")
+        self.handles = [handle for handle in own.values() if code.quantises(handle)]
         self.sizes = {handle.name: handle.elements for handle in self.handles}
         self.shared = code.prepare(own)
+        self.quantised_weights = sum(size * (1 + self.copies[name]) for name, size in self.sizes.items())
         self.count = 0
         self.kept: dict[str, tuple[float, torch.Tensor]] = {}
         largest, scales = {}, {}
@@ -102,7 +111,7 @@ class Trials:
                 pieces = quantised_pieces(with_step(self.code, steps[handle.name]), handle, self.shared)
                 return sum(piece.squared_error for piece in pieces) * (1 + self.copies[handle.name])
 
-            return self._tell(sum(in_order(tensor_error, self.handles, self.jobs)) / self.weights.elements)
+            return self._tell(sum(in_order(tensor_error, self.handles, self.jobs)) / self.quantised_weights)
 
         place = boundary(mean_square_probe(error, limit), _START, _FINEST, self.highest, FINE)
         if place is None:
@@ -115,7 +124,10 @@ class Trials:
 
             def bits(fineness: float) -> float:
                 steps = self._equal(-fineness)
-                return self._tell(self._bits(Path(folder), steps) / self.weights.elements)
+                whole = self._bits(Path(folder), steps)
+                with Container(Path(folder) / _TRIAL) as container:
+                    kept = sum(entry.length for entry in container.entries if entry.names[0] not in self.code.names)
+                return self._tell((whole - 8 * kept) / self.quantised_weights)
 
             fineness = boundary(length_probe(bits, limit), -_START, -self.highest, -_FINEST, FINE)
         if fineness is None:
@@ -195,7 +207,7 @@ class Trials:
         return float(f"{2 ** (octaves / sum(self.sizes.values())):.4g}")
 
     def _bits(self, folder: Path, steps: Steps) -> float:
-        path = folder / "trial.kcz"
+        path = folder / _TRIAL
         code = self.code_with(steps)
         return 8 * encode(self.source, path, code, jobs=self.jobs, partial=True, **self.choices)
 

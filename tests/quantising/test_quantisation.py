@@ -1,14 +1,19 @@
 """Lossy files as short as a wish allows; what is decoded is what was measured."""
 
 import math
+from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from sklearn.datasets import load_digits
+from torch import nn
 
+import kcomplex as kc
 from kcomplex.errors import KComplexError, SourceNotFoundError, SpecError, WeightsError
 from kcomplex.kcz.container import Container, encode, verify
 from kcomplex.measuring.measure import describe
+from kcomplex.measuring.stream import prove
 from kcomplex.quantising.quantisation import quantise
 from kcomplex.sources.open import open_weights
 from kcomplex.weights import words_of
@@ -77,13 +82,15 @@ def test_the_error_is_as_large_as_wished_and_no_larger(tmp_path, estimator, mse)
     told = quantise(checkpoint(), path, estimator, mse=mse)
     assert 0.97 * mse <= told.distortion <= mse
     assert told.bits == 8 * path.stat().st_size
-    assert verify(path, checkpoint()) == told.distortion
+    # The number of steps is kept, and counts in no mean.
+    assert told.quantised_weights == told.weights - 1
+    assert verify(path, checkpoint()) * told.weights == pytest.approx(told.distortion * told.quantised_weights)
     differences = [
         torch.square(tensor.double() - decoded(path)[name].double()).sum().item()
         for name, tensor in checkpoint().items()
         if name != "tied"
     ]
-    assert sum(differences) / told.weights == pytest.approx(told.distortion, rel=1e-9)
+    assert sum(differences) / told.quantised_weights == pytest.approx(told.distortion, rel=1e-9)
 
 
 def test_bits_are_as_many_as_wished_and_no_more(tmp_path):
@@ -173,7 +180,7 @@ def test_tensors_are_told_with_their_steps(tmp_path):
     assert frame["bits"].sum() < told.bits
     assert frame["weights"].sum() == told.weights == open_weights(checkpoint()).elements
     assert math.isnan(frame["step"]["steps"])
-    assert (frame["distortion"] * frame["weights"]).sum() / told.weights == pytest.approx(told.distortion)
+    assert (frame["distortion"] * frame["weights"]).sum() / told.quantised_weights == pytest.approx(told.distortion)
     assert told.to_dict()["bits_per_weight"] == told.bits_per_weight
 
 
@@ -239,3 +246,66 @@ def test_an_error_of_the_evaluation_passes_through(tmp_path):
 
     with pytest.raises(ZeroDivisionError):
         quantise(checkpoint(), tmp_path / "model.kcz", evaluate=loss)
+
+
+def normalised() -> nn.Sequential:
+    """Return a network whose normalisation has statistics of its own, some of them tiny."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(8, 64), nn.BatchNorm1d(64), nn.Linear(64, 10))
+    with torch.no_grad():
+        network[1].running_var.copy_(torch.logspace(-6, 1, 64))
+    return network
+
+
+@pytest.mark.parametrize("wish", [{"mse": 1e-3}, {"bits": 4.0}])
+def test_norms_and_statistics_are_kept_exactly(tmp_path: Path, wish: dict[str, float]) -> None:
+    state = normalised().state_dict()
+    told = kc.quantise(state, tmp_path / "w.kcz", "grid|entropy", **wish)
+    kc.decode(tmp_path / "w.kcz", tmp_path / "w.safetensors")
+    decoded = safetensors.torch.load_file(tmp_path / "w.safetensors")
+    kept = {name for name, tensor in state.items() if torch.equal(tensor, decoded[name])}
+    assert kept == {f"1.{name}" for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")}
+    assert {item.name for item in told.tensors if item.step is None} == kept
+    kc.verify(tmp_path / "w.kcz", state)
+
+
+def test_a_quantiser_before_a_code_keeps_norms_and_statistics(tmp_path: Path) -> None:
+    state = normalised().state_dict()
+    # Equal bits, of which one is quantised and the other isn't.
+    state["2.bias"] = state["1.running_var"][:10].clone()
+    state["0.bias"] = state["1.running_var"].clone()
+    description = kc.describe(state, "uniform:bits=3|entropy")[0]
+    prove(state, description)
+    exact = description.to_frame().set_index("tensor")["exact"]
+    assert exact.loc[["1.running_var", "1.weight", "0.weight", "0.bias"]].tolist() == [True, True, False, False]
+    assert description.to_frame().set_index("tensor")["mse"]["0.bias"] > 0
+    kc.encode(state, tmp_path / "w.kcz", "uniform:bits=3|entropy")
+    kc.verify(tmp_path / "w.kcz", state)
+
+
+def test_patterns_choose_what_is_quantised(tmp_path: Path) -> None:
+    state = normalised().state_dict()
+    path = tmp_path / "w.kcz"
+
+    def quantised(**patterns: str) -> set[str]:
+        told = kc.quantise(state, path, "grid|entropy", mse=1e-3, **patterns)
+        kc.verify(path, state)
+        return {item.name for item in told.tensors if item.step is not None}
+
+    assert quantised(include="1.*") == {"1.weight", "1.bias", "1.running_mean", "1.running_var"}
+    assert quantised(exclude="*.bias") == {"0.weight", "2.weight"}
+    assert quantised(include="*", exclude="1.*") == {"0.weight", "0.bias", "2.weight", "2.bias"}
+    with pytest.raises(WeightsError, match="no tensor matches 'no such'"):
+        quantised(include="no such")
+
+
+@pytest.mark.parametrize("wish", ["mse", "bits"])
+def test_wishes_are_averages_over_what_is_quantised(tmp_path: Path, wish: str) -> None:
+    alone = {"w": torch.randn(100, 100, generator=torch.Generator().manual_seed(0))}
+    beside = alone | {"steps": torch.randint(1 << 40, (100, 100), generator=torch.Generator().manual_seed(1))}
+    limit = {"mse": 1e-4, "bits": 4.0}[wish]
+    one, other = (kc.quantise(state, tmp_path / "w.kcz", "grid|entropy", **{wish: limit}) for state in (alone, beside))
+    assert one.quantised_weights == other.quantised_weights == 10_000
+    steps = [next(item.step for item in found.tensors if item.name == "w") for found in (one, other)]
+    assert steps[0] == pytest.approx(steps[1], rel=0.02)
+    assert other.distortion == pytest.approx(one.distortion, rel=0.05)

@@ -94,7 +94,7 @@ def test_recorded_bits_are_those_of_describe(track, train, model, finish, estima
     for name, column in expected.to_frame().drop(columns="seconds").items():
         assert frame[name].tolist() == column.tolist(), name
     tensors = load_tensors(tracker.run).query("step == 2 and skipped == ''")
-    for name, column in expected.to_frame(per_tensor=True).items():
+    for name, column in expected.to_frame(per_tensor=True).drop(columns=["mse", "exact"]).items():
         pd.testing.assert_series_equal(tensors[name], column, check_dtype=False, check_index=False)
 
 
