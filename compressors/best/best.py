@@ -211,6 +211,8 @@ class Best(Code):
         if place not in _TIERS[self.tier] or (relative and (known is None or place == _MOSAIC)):
             raise StreamError("best: the stream names a member that the portfolio hasn't")
         code, learned = _member(place), memory.member(place)
+        # The choice is the portfolio's, not the member's.
+        entry = replace(entry, choices=(0,))
         if not relative:
             return code.decode(entry, data, learned)
         assert known is not None

@@ -68,6 +68,7 @@ class Trials:
     ) -> None:
         self.source, self.choices, self.weights = source, choices, weights
         self.code = code = replace(code, names=names)
+        self.names = names
         self.jobs, self.progress = jobs, progress
         # A tensor that is the same as an earlier one has its step, and costs nothing.
         own, self.originals = distinct_weights(weights, code.quantises)
@@ -126,7 +127,7 @@ class Trials:
                 steps = self._equal(-fineness)
                 whole = self._bits(Path(folder), steps)
                 with Container(Path(folder) / _TRIAL) as container:
-                    kept = sum(entry.length for entry in container.entries if entry.names[0] not in self.code.names)
+                    kept = sum(entry.length for entry in container.entries if entry.names[0] not in self.names)
                 return self._tell((whole - 8 * kept) / self.quantised_weights)
 
             fineness = boundary(length_probe(bits, limit), -_START, -self.highest, -_FINEST, FINE)
