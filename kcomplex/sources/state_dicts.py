@@ -6,6 +6,7 @@ from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch.nn.parameter import is_lazy
 
@@ -74,6 +75,8 @@ class _StateDicts(Tree):
         """Return the shape of a tensor, () where it isn't known; None for anything else."""
         if isinstance(value, torch.ScriptObject):
             return ()
+        if isinstance(value, np.ndarray):
+            return value.shape
         if not isinstance(value, torch.Tensor) or _keeps_integers(value):
             return None
         return () if is_lazy(value) or value.is_nested else tuple(value.shape)
@@ -179,8 +182,9 @@ def collect(
     for name, value, load, trainable, key, role in entries:
         reason, unread = _unreadable(value)
         if reason:
-            known = isinstance(value, torch.Tensor) and not is_lazy(value) and not value.is_nested
-            shape, dtype = (tuple(value.shape), dtype_name(value.dtype)) if known else (None, "")
+            known = isinstance(value, (torch.Tensor, np.ndarray)) and not is_lazy(value)
+            known = known and not (isinstance(value, torch.Tensor) and value.is_nested)
+            shape, dtype = (tuple(value.shape), str(value.dtype).removeprefix("torch.")) if known else (None, "")
             left_out.append(SkippedTensor(name, reason, shape, dtype, unread))
             continue
         handle = TensorHandle(
@@ -202,6 +206,8 @@ def _memory(value: torch.Tensor) -> Hashable:
 def _unreadable(value: Any) -> tuple[str, str]:
     """Return why a state dict's entry can't be measured, and its role; two empty texts where it can."""
     if not isinstance(value, torch.Tensor):
+        if isinstance(value, np.ndarray):
+            return "array of NumPy: make it a tensor with torch.from_numpy", ""
         packs = isinstance(value, torch.ScriptObject)
         return (_PACKED, "packed") if packs else (f"not a tensor but {type(value).__name__}", "other")
     if is_lazy(value):

@@ -239,7 +239,6 @@ class Settings:
     [
         argparse.Namespace(lr=1),
         np.float64(1),
-        np.arange(3),
         PurePosixPath("a/b"),
         defaultdict(list, {"a": [1]}),
         Counter("aab"),
@@ -258,6 +257,15 @@ def test_weights_beside_objects_are_read_and_nothing_is_imported(saved: Any, bes
     weights = saved({"state_dict": {"w": W, "extra": beside}, "hyper_parameters": beside})
     assert torch.equal(weights["w"].read(), W)
     assert {item.name: item.role for item in weights.skipped} == {"extra": "other", "hyper_parameters": "other"}
+
+
+def test_arrays_in_a_pickle_are_not_passed_over(saved: Any) -> None:
+    state = {"w": W, "array": np.ones((3, 4), np.float32)}
+    for weights in (saved(state), open_weights(state)):
+        assert list(weights) == ["w"]
+        ((name, reason, shape, role),) = [(item.name, item.reason, item.shape, item.role) for item in weights.skipped]
+        assert (name, shape, role) == ("array", (3, 4), "")
+        assert reason.startswith("array of NumPy")
 
 
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import io
 import math
+import re
 import warnings
 import zipfile
 from collections.abc import Callable
@@ -23,7 +25,8 @@ from kcomplex.sources.formats.stored_file import StoredFile
 from kcomplex.sources.state_dicts import below
 from kcomplex.weights import DTYPES, SkippedTensor, TensorHandle, Weights
 
-# NumPy refuses headers of more than 10,000 characters; a header that claims more is never read.
+# As many as NumPy takes; more are never read.
+_HEADER_LETTERS = 10_000
 _HEADER_BYTES = 1 << 14
 _CHUNK_BYTES = 1 << 20
 # Deflate makes at most 1032 bytes of one (and a little at the ends); a member that claims more lies.
@@ -166,19 +169,32 @@ class _Header:
 
 
 def _read_header(file: IO[bytes]) -> _Header:
+    """Return the header at the beginning of an array.
+
+    NumPy's own function cuts a header that is no literal into tokens, for some in exponential time.
+    """
+    version = npy.read_magic(file)
+    if version not in ((1, 0), (2, 0), (3, 0)):
+        raise Refused(f"version {version} of the npy format isn't known")
+    length = 2 if version == (1, 0) else 4
+    size = int.from_bytes(file.read(length), "little")
+    text = file.read(size)
+    if len(text) < size or size > _HEADER_LETTERS:
+        raise Refused(
+            f"its header claims {size:,} bytes; {len(text):,} are there, and at most {_HEADER_LETTERS:,} usual"
+        )
     with warnings.catch_warnings():
-        # NumPy warns about headers that Python 2 wrote, and Python about odd literals in hostile ones.
+        # Python warns about odd literals in hostile headers, and NumPy about old names of dtypes.
         warnings.simplefilter("ignore")
-        version = npy.read_magic(file)
-        if version == (1, 0):
-            shape, fortran, dtype = npy.read_array_header_1_0(file)
-        elif version in ((2, 0), (3, 0)):
-            # Version 3 differs in the encoding of field names only, and structured arrays are skipped anyway.
-            shape, fortran, dtype = npy.read_array_header_2_0(file)
-        else:
-            raise Refused(f"version {version} of the npy format isn't known")
-    check_shape(shape)
-    return _Header(tuple(map(int, shape)), fortran, dtype, file.tell())
+        # Python 2 marked long integers.
+        header = ast.literal_eval(re.sub(r"(?<=\d)L\b", "", text.decode("utf-8" if version == (3, 0) else "latin-1")))
+        match header:
+            case {"descr": descr, "fortran_order": bool(fortran), "shape": tuple(shape), **rest} if not rest and all(
+                type(size) is int for size in shape
+            ):
+                check_shape(shape)
+                return _Header(shape, fortran, npy.descr_to_dtype(descr), file.tell())
+    raise Refused("its header isn't one of NumPy")
 
 
 def _check_member(member: zipfile.ZipInfo, archive_size: int) -> None:

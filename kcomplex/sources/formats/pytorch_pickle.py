@@ -41,6 +41,8 @@ _STORAGES = {
     for kind, dtype in _STORAGE_DTYPES.items()
 }
 _DTYPES = {f"torch.{name}": value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
+# Calls that build arrays of NumPy; what they set on one begins with a version and the shape.
+_ARRAYS = {"numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct"}
 # Calls that build tensors which can't be measured, and what to say about them.
 _OTHER_TENSORS = {
     "torch._utils._rebuild_sparse_tensor": "sparse tensor",
@@ -52,6 +54,7 @@ _OTHER_TENSORS = {
     "torch._utils._rebuild_device_tensor_from_numpy": "tensor of a device without storages",
     "torch._utils._rebuild_wrapper_subclass": "tensor of a class that packs its weights: not measured",
     "torch.ScriptObject": "its weights are packed, and not measured",
+    **dict.fromkeys(_ARRAYS, "array of NumPy in a pickle: save it as a tensor, or with numpy.savez"),
 }
 _PACKED = {"torch._utils._rebuild_qtensor", "torch._utils._rebuild_wrapper_subclass", "torch.ScriptObject"}
 _TENSORS = {
@@ -208,6 +211,9 @@ class PickledTree(Tree):
         call = _unwrapped(value)
         if _integers(call) is not None:
             return None
+        if call.function in _ARRAYS:
+            shape = call.state[1] if isinstance(call.state, tuple) and len(call.state) > 1 else ()
+            return shape if _are_sizes(shape) else ()
         place = _SHAPES.get(call.function, len(call.arguments))
         shape = call.arguments[place] if place < len(call.arguments) else ()
         return shape if _are_sizes(shape) else ()

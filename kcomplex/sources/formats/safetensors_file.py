@@ -105,7 +105,7 @@ def _header(file: StoredFile) -> tuple[dict[str, Any], int]:
     header = json.loads(file.window(8, size).tobytes().decode(), object_pairs_hook=_distinct)
     if not isinstance(header, dict):
         raise Refused("its header isn't a table of tensors")
-    metadata = header.pop("__metadata__", {})
+    metadata = header.pop(_METADATA, {})
     if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
         raise Refused("its metadata isn't a table of texts")
     for name, entry in header.items():
