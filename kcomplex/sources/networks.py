@@ -24,6 +24,7 @@ _TRAINING = re.compile(
     re.IGNORECASE,
 )
 _LOSS = re.compile(r"loss|criterion", re.IGNORECASE)
+_FIGURE = re.compile(r"loss|acc(uracy)?($|_)|iou|score|(^|_)(train|val|valid|test|eval)_|epoch|step", re.IGNORECASE)
 _COPY = re.compile(r"(^|_)(\w*ema|swa|teacher|shadow|polyak|averaged?|avg|running)(_|$)", re.IGNORECASE)
 # What is called so is a copy where it has the shapes of what stands beside it.
 _MAYBE_COPY = re.compile(r"(^|_)(target|best|init|initial|old|previous|last|backup)(_|$)", re.IGNORECASE)
@@ -164,7 +165,7 @@ class _Finder:
         for name, part in parts.items():
             if self._tree.shape(part) is not None or self._tree.parts(part) is None:
                 continue
-            if _OPTIMISER.search(name) or self._holds_optimiser(part):
+            if _OPTIMISER.search(name) or (not self._tree.size(part).tensors and self._holds_optimiser(part)):
                 aside[name] = "optimiser", "state of an optimiser"
             elif _TRAINING.search(name):
                 aside[name] = "other", "state of training"
@@ -204,7 +205,7 @@ class _Finder:
         """Return whether an entry may be of the network: it holds tensors, and isn't one number of the training."""
         shape = self._tree.shape(part)
         if shape is not None:
-            return math.prod(shape) > 1 and not (_TRAINING.search(name) or _LOSS.search(name))
+            return math.prod(shape) > 1 and not (_TRAINING.search(name) or _FIGURE.search(name))
         return self._tree.size(part).tensors > 0
 
     def _inner(self, path: str, parts: Mapping[str, Any], aside: Mapping[str, Any], trusted: bool) -> str:

@@ -64,6 +64,8 @@ PLAIN = {
     "fastai": {"model": net(), "opt": optimiser()},
     "pair": (net(), optimiser()),
     "loss beside": {"model": net(), "criterion": {"weight": torch.ones(3, 3)}},
+    "figures beside": {"weight": net(), "train_loss": torch.ones(9), "val_iou": torch.ones(9)},
+    "wrapped thrice": {"classy_state_dict": {"base_model": {"model": net(), "meters": {}}, "optimizer": optimiser()}},
     "random states": {"model": net(), "rng": {"cpu": torch.zeros(100), "cuda": [torch.zeros(100)]}},
 }
 
@@ -98,6 +100,7 @@ SEVERAL = {
     "a layer apart": ({"model": net(), "head": net()}, ["'model'", "'head'"]),
     "translation": ({"model": net(), "generator": net(), "vocab": {}}, ["'model'", "'generator'"]),
     "reinforcement": ({"actor": net(), "critic": net()}, ["'actor'", "'critic'"]),
+    "four networks": ({f"{part}_network": net() for part in ("a", "b", "c")}, ["'a_network'", "'c_network'"]),
     "ensemble": ([net(), net()], ["'0'", "'1'"]),
     "lists": ({"weights": [torch.ones(2)], "biases": [torch.ones(2)]}, ["'weights'", "'biases'"]),
     "sequence to sequence": ({"en": net(), "de": net(), "en_opt": optimiser()}, ["'en'", "'de'"]),

@@ -91,7 +91,8 @@ class SafetensorsFile:
                 else:
                     skipped.append(SkippedTensor(name, f"dtype {code} isn't supported", shape, code))
             if start + end != file.size:
-                raise Refused(f"its tensors end at {start + end:,}, but the file has {file.size:,} bytes")
+                why = "truncated" if start + end > file.size else "something follows"
+                raise Refused(f"{why}: its tensors end at {start + end:,}, and the file has {file.size:,} bytes")
             resources = stack.pop_all()
         return below(Weights(tensors, skipped, str(path), resources), root)
 
@@ -114,7 +115,7 @@ def _header(file: StoredFile) -> tuple[dict[str, Any], int]:
                 0 <= first <= last <= file.size and all(type(length) is int for length in shape)
             ):
                 continue
-        raise Refused(f"the entry of the tensor {name!r:.100} makes no sense, or is beyond the end of the file")
+        raise Refused(f"the entry of the tensor {name!r:.100} makes no sense, or the file is truncated")
     return header, 8 + size
 
 
