@@ -76,7 +76,7 @@ class _StateDicts(Tree):
         if isinstance(value, torch.ScriptObject):
             return ()
         if isinstance(value, np.ndarray):
-            return value.shape
+            return tuple(map(int, value.shape))
         if not isinstance(value, torch.Tensor) or _keeps_integers(value):
             return None
         return () if is_lazy(value) or value.is_nested else tuple(value.shape)
@@ -182,8 +182,8 @@ def collect(
     for name, value, load, trainable, key, role in entries:
         reason, unread = _unreadable(value)
         if reason:
-            known = isinstance(value, (torch.Tensor, np.ndarray)) and not is_lazy(value)
-            known = known and not (isinstance(value, torch.Tensor) and value.is_nested)
+            unknown = isinstance(value, torch.Tensor) and (is_lazy(value) or value.is_nested)
+            known = isinstance(value, (torch.Tensor, np.ndarray)) and not unknown
             shape, dtype = (tuple(value.shape), str(value.dtype).removeprefix("torch.")) if known else (None, "")
             left_out.append(SkippedTensor(name, reason, shape, dtype, unread))
             continue
