@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kcomplex.cli.options import Count, Jobs, Partial, Root, Skip
-from kcomplex.cli.output import OutputFormat, errors, output_format, write_frame
+from kcomplex.cli.output import OutputFormat, errors, output_format, tell_coverage, write_frame
 from kcomplex.errors import KComplexError, SpecError
 from kcomplex.quantising.step_search import DEFAULT_ESTIMATOR, EVALUATIONS, WITHIN
 
@@ -33,6 +33,12 @@ def quantise(
     ] = None,
     within: Annotated[float, typer.Option(help="share of the loss that may be added")] = WITHIN,
     evaluations: Annotated[int, typer.Option(help="how often the loss may be evaluated")] = EVALUATIONS,
+    include: Annotated[
+        list[str] | None, typer.Option(metavar="GLOB", help="quantise what matches, not weights and biases; repeat it")
+    ] = None,
+    exclude: Annotated[
+        list[str] | None, typer.Option(metavar="GLOB", help="keep what matches exactly; repeat it")
+    ] = None,
     root: Root = "",
     count: Count = None,
     skip: Skip = None,
@@ -47,6 +53,7 @@ def quantise(
     from rich.progress import Progress, TextColumn
 
     from kcomplex.quantising import quantisation
+    from kcomplex.sources.open import open_weights
 
     shown = output_format(as_json, as_csv)
     function = None if evaluate is None else _imported(evaluate)
@@ -58,6 +65,8 @@ def quantise(
             what = "loss" if function else "error" if mse is not None else "bits a weight"
             bar.update(task, completed=trials, description=f"{what} {number:.6g}")
 
+        with open_weights(path, root=root, count=count or (), skip=skip or ()) as weights:
+            coverage = weights.coverage
         told = quantisation.quantise(
             path,
             output,
@@ -67,6 +76,8 @@ def quantise(
             evaluate=function,
             within=within,
             evaluations=evaluations,
+            include=include or (),
+            exclude=exclude or (),
             root=root,
             count=count or (),
             skip=skip or (),
@@ -86,6 +97,7 @@ def quantise(
         f"mean squared error {told.distortion:.6g}{loss}",
         markup=False,
     )
+    tell_coverage(coverage)
 
 
 def _imported(name: str) -> Callable[[dict[str, torch.Tensor]], Any]:

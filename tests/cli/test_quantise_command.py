@@ -58,6 +58,24 @@ def test_what_is_decoded_has_the_loss_that_was_told(folder: Path, run: Run) -> N
     assert verified.returncode == 0, verified.stderr
 
 
+def test_norms_and_what_is_excluded_stay_exact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(30, 20), torch.nn.BatchNorm1d(20), torch.nn.Linear(20, 9))
+    model[1](torch.randn(50, 20))
+    state = model.state_dict()
+    monkeypatch.chdir(tmp_path)
+    torch.save(state, "net.pt")
+    runner = CliRunner()
+    wish = ["--mse", "1e-4", "--exclude", "2.*"]
+    answer = runner.invoke(build_app(), ["quantise", "net.pt", "-o", "net.kcz", *wish])
+    assert answer.exit_code == 0, answer.stderr
+    assert "coverage: 9 of 9 tensors" in answer.stderr
+    assert runner.invoke(build_app(), ["decode", "net.kcz", "-o", "back.safetensors"]).exit_code == 0
+    back = safetensors.torch.load_file("back.safetensors")
+    changed = {name for name, tensor in state.items() if not torch.equal(tensor, back[name])}
+    assert changed == {"0.weight", "0.bias"}
+
+
 def test_the_tensors_are_told_where_no_format_is_asked_for(folder: Path, run: Run) -> None:
     answer = run("quantise", "model.safetensors", "-o", "model.kcz", "--mse", "1e-4", cwd=folder)
     assert answer.returncode == 0, answer.stderr
