@@ -58,10 +58,15 @@ CREATE TABLE events (
 """
 _SCHEMA_QUERY = "SELECT type, name, tbl_name, sql FROM sqlite_master ORDER BY name LIMIT 100"
 
-# SQLite puts any type into any column; these are conditions on a column {0}.
+# SQLite puts any type into any column; these are conditions on a column {0}. Counts are exact as floats, too, which
+# they become beside missing ones.
 _TEXT, _NUMBER, _NUMBER_OR_NULL = "typeof({0}) = 'text'", "typeof({0}) = 'real'", "typeof({0}) IN ('real', 'null')"
 _WHOLE, _WHOLE_OR_NULL = "typeof({0}) = 'integer'", "typeof({0}) IN ('integer', 'null')"
-_COUNT, _FLAG, _FLAG_OR_NULL = f"{_WHOLE} AND {{0}} >= 0", "{0} IN (0, 1)", "({0} IN (0, 1) OR {0} IS NULL)"
+_COUNT, _FLAG, _FLAG_OR_NULL = (
+    f"{_WHOLE} AND {{0}} BETWEEN 0 AND {1 << 53}",
+    "{0} IN (0, 1)",
+    "({0} IN (0, 1) OR {0} IS NULL)",
+)
 _CONTENT = {
     "run": {
         "name": _TEXT, "created": _NUMBER, "config": _TEXT, "settings": _TEXT, "estimators": _TEXT, "version": _TEXT,

@@ -242,6 +242,7 @@ CONTENTS = {
     "estimator": "UPDATE descriptions SET estimator = 5.5, kind = x'00'",
     "lossless": "UPDATE descriptions SET lossless = 'yes'",
     "orphans": "UPDATE descriptions SET snapshot = 77",
+    "too many weights": "UPDATE tensors SET weights = 9223372036854775807",
     "tensor": "UPDATE tensors SET raw_bits = 'many'",
     "event": "UPDATE events SET time = 'now'",
     "status": "UPDATE run SET status = 'eaten'",

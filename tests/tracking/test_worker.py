@@ -158,8 +158,10 @@ def test_what_another_process_measures_is_waited_for(track, monkeypatch):
     with ExitStack() as other:
         assert other.enter_context(claim(tracker.run, file))
         # It ends without having measured.
-        monkeypatch.setattr(store_module.time, "sleep", lambda _: other.close())
+        waits = []
+        monkeypatch.setattr(store_module.time, "sleep", lambda seconds: (waits.append(seconds), other.close()))
         assert measure_pending(tracker.run) == 1
+    assert len(waits) == 1
 
 
 def test_what_a_killed_process_left_claimed_is_measured(track):
