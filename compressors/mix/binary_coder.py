@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kcomplex.errors import StreamError
-from kcomplex.machine.compiled import compiled_in_place, inlined, record
+from kcomplex.machine.compiled import called, compiled_in_place, inlined, record
 
 Bytes: TypeAlias = NDArray[np.uint8]
 
@@ -75,7 +75,7 @@ def code_evenly(coder: np.record, data: Bytes, value: int, bits: int) -> int:
     return value
 
 
-@inlined
+@called
 def code_integer_evenly(coder: np.record, data: Bytes, value: int, bits: int) -> int:
     """Return an integer of up to 63 bits as `code_evenly` does, from the highest bits down."""
     known = 0
