@@ -5,7 +5,7 @@ INSTALLED := .venv/.installed
 # Each process computes in one thread, and takes a gigabyte of memory.
 PARALLEL := --numprocesses=2 --dist=worksteal
 # What make fuzz runs.
-FUZZ := streams containers stores
+FUZZ := readers streams containers stores
 CASES ?= 5000
 SEED ?= 0
 

@@ -37,7 +37,7 @@ def contents_of(folder: Path) -> str:
     found = list(islice(checkpoints_in(folder), _TOLD + 1))
     if not found:
         return ""
-    shown = ", ".join(_place(path) for path in found[:_TOLD])
+    shown = ", ".join(f"{_place(path)!r:.200}" for path in found[:_TOLD])
     return f"not one checkpoint but a folder that holds some. Give one of: {shown}{' ...' if found[_TOLD:] else ''}"
 
 
@@ -64,7 +64,8 @@ def part_of(path: Path) -> str:
             "the shard under another name to measure it alone"
         )
     ranked = _RANKED.fullmatch(path.name)
-    if ranked:
+    # Who may read a file may not always list its folder.
+    if ranked and os.access(path.parent, os.R_OK):
         others = (_RANKED.fullmatch(name) for name in sorted(entry.name for entry in path.parent.iterdir()))
         parts = [other[0] for other in others if other and (other[1], other[3]) == (ranked[1], ranked[3])]
         if len(parts) > 1:

@@ -160,6 +160,19 @@ def test_messages_are_short_whatever_the_names(tmp_path: Path, value: Any, root:
     assert len(str(caught.value)) < 1000
 
 
+def test_what_a_file_says_is_told_printably(tmp_path: Path, hostile_module: ModuleType) -> None:
+    escape = b"c\x1b]0;owned\x07\nx\n"
+    program = b"\x80\x02}X\x01\x00\x00\x00w" + escape + b"s."
+    (tmp_path / "x.pt").write_bytes(hostile_module.archive(program))
+    with pytest.raises(FormatError) as caught:
+        open_weights(tmp_path / "x.pt")
+    assert str(caught.value).isprintable()
+    (tmp_path / "a\x1b[31m.ckpt").write_bytes(b"x")
+    with pytest.raises(FormatError, match="a folder that holds some") as caught:
+        open_weights(tmp_path)
+    assert str(caught.value).isprintable()
+
+
 def test_describing_is_refused_where_a_shard_vanishes(tmp_path: Path) -> None:
     for number in (1, 2):
         save_as(tmp_path / f"model-0000{number}-of-00002.safetensors", {str(number): W})

@@ -232,10 +232,9 @@ class PickledTree(Tree):
                     case Call(function, (Storage() as storage, *_)) if not function.endswith("_v3"):
                         return dtype_name(storage.dtype)
                 return ""
-            case Call(function):
-                return function[:_LONGEST_KIND]
-            case Name(path):
-                return path[:_LONGEST_KIND]
+            case Call(path) | Name(path):
+                # Whatever the file says may be sent to a terminal.
+                return path[:_LONGEST_KIND] if path.isprintable() else repr(path[:_LONGEST_KIND])
         return type(value).__name__
 
 
