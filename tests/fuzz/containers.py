@@ -19,7 +19,7 @@ from kcomplex.estimators import pieces
 from kcomplex.estimators.structure import encode_structure, varint
 from kcomplex.kcz import container
 from kcomplex.kcz.index import HEAD, _trailer, digest_of
-from tests.fuzz.forging import Sample, damaged, forged, given, samples, specs, tensors
+from tests.fuzz.forging import LIMIT, Sample, damaged, forged, given, samples, specs, tensors
 from tests.fuzz.frame import Input, main
 
 _TRAILER = 24
@@ -58,15 +58,15 @@ def read(path: Path) -> None:
     """Verify a file, read its tensors one by one, and decode it to one that its reader opens."""
     output = path.with_suffix(".safetensors")
     with suppress(KComplexError):
-        container.verify(path, given=given())
-    with suppress(KComplexError), container.Container(path, given=given()) as opened:
+        container.verify(path, given=given(), limit=LIMIT)
+    with suppress(KComplexError), container.Container(path, given=given(), limit=LIMIT) as opened:
         for entry in opened.entries[:20]:
             with suppress(KComplexError):
                 tensor = opened.tensor(entry.names[-1])
                 assert (tensor.dtype, tuple(tensor.shape)) == (entry.dtype, entry.shape)
     try:
-        container.decode(path, output, given=given())
-        with safe_open(output, framework="pt") as file, container.Container(path, given=given()) as opened:
+        container.decode(path, output, given=given(), limit=LIMIT)
+        with safe_open(output, framework="pt") as file, container.Container(path, given=given(), limit=LIMIT) as opened:
             assert set(file.keys()) == {name for entry in opened.entries for name in entry.names}
     finally:
         output.unlink(missing_ok=True)

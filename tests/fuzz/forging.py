@@ -38,6 +38,8 @@ QUANTISED = (
     *("mosaic:s=4,k=8|context", "uniform|planes|zstd"),
 )
 RELATIVE = ("mix", "lin", "zstd", "best", "best:tier=tight", "grid:step=0.1|lin", "uniform|mix", "palette|mix")
+# Of what a stream may claim, in bytes: tensors that stay whole are decoded in about three times their size.
+LIMIT = 1 << 26
 # Bytes that begin, end and lengthen integers.
 _BYTES = (0, 1, 2, 3, 127, 128, 129, 254, 255)
 _SIDES = (0, 1, 2, 3, 63, 64, 65, 1000, 1 << 16, 1 << 20, 1 << 22, 100_000_007, 1 << 31, 1 << 32, 1 << 40, 1 << 59)

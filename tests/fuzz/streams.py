@@ -6,7 +6,7 @@ from pathlib import Path
 from random import Random
 
 import kcomplex as kc
-from tests.fuzz.forging import damaged, forged, given, samples
+from tests.fuzz.forging import LIMIT, damaged, forged, given, samples
 from tests.fuzz.frame import Input, main
 
 
@@ -19,7 +19,7 @@ def make(random: Random) -> Input:
 
 def read(path: Path) -> None:
     """Decode a stream."""
-    kc.decode_checkpoint(path.read_bytes(), given=given())
+    kc.decode_checkpoint(path.read_bytes(), given=given(), limit=LIMIT)
 
 
 if __name__ == "__main__":
