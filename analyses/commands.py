@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
-from kcomplex.cli.output import errors, output_format, write_frame
+from kcomplex.cli.output import output_format, progress, tell, write_frame
 from kcomplex.machine.closing import Closing
 
 if TYPE_CHECKING:
@@ -112,7 +111,7 @@ def run_with_progress(experiments: list[Experiment], folder: Path, data_dir: Pat
 
     for experiment in experiments:
         if is_done(experiment, folder):
-            errors.print(f"{folder / experiment.name}: already done", markup=False)
+            tell(f"{folder / experiment.name}: already done")
     with _Bars() as bars:
         return run_sweep(experiments, folder, data_dir, bars.show)
 
@@ -166,16 +165,14 @@ class _Bars(Closing):
     def _begin(self, name: str, total: int) -> None:
         self.close()
         self._name = name
-        columns = (
-            TextColumn("{task.description:<16}", markup=False),
+        self._bar = progress(
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("epochs"),
+            TextColumn("{task.fields[accuracy]}"),
+            transient=False,
         )
-        self._bar = Progress(
-            *columns, TextColumn("{task.fields[accuracy]}"), console=errors, disable=not sys.stderr.isatty()
-        )
-        self._task = self._bar.add_task(name, total=total, accuracy="")
+        self._task = self._bar.add_task(f"{name:<16}", total=total, accuracy="")
         self._bar.start()
 
     def close(self) -> None:

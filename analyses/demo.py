@@ -183,7 +183,7 @@ def _draw(out: Path) -> list[Path]:
         module = analyses.load(name)
         axes = module.plot(module.compute_from_runs(out / "runs", estimator=ESTIMATORS[-1]))
         with replacing(out / file) as temporary:
-            axes.figure.savefig(temporary, dpi=150)
+            axes.figure.savefig(temporary, dpi=150, format="png")
         paths.append(out / file)
     return paths
 

@@ -73,7 +73,8 @@ def run(
     data = load(experiment.data, data_dir)
     with _own_randomness_and_threads(experiment):
         training = Training(experiment, data)
-        _write_configuration(experiment, path / CONFIGURATION)
+        with replacing(path / CONFIGURATION) as temporary:
+            temporary.write_text(experiment.to_toml(), encoding="utf-8")
         _train(training, path, progress)
         _write_final(training, path / FINAL)
     (path / CHECKPOINT).unlink(missing_ok=True)
@@ -136,14 +137,6 @@ def final_bits(run: Path) -> dict[str, int] | None:
     return kept
 
 
-def _write_configuration(experiment: Experiment, path: Path) -> None:
-    try:
-        with replacing(path) as temporary:
-            temporary.write_text(experiment.to_toml(), encoding="utf-8")
-    except OSError as error:
-        raise RunError(f"{path}: can't be written: {error.strerror or error}") from error
-
-
 def _train(training: Training, path: Path, progress: Progress | None) -> None:
     experiment = training.experiment
     checkpoint = path / CHECKPOINT
@@ -174,7 +167,7 @@ def _write_final(training: Training, path: Path) -> None:
     plain = training.converted().cpu()
     with replacing(path.with_name(BITS)) as temporary:
         temporary.write_text(json.dumps(weight_bits(training.model)), encoding="utf-8")
-    with replacing(path) as temporary:
+    with replacing(path, failures=(SafetensorError,)) as temporary:
         save_model(plain, str(temporary), metadata={"experiment": training.experiment.to_json()})
 
 

@@ -116,7 +116,7 @@ class Training:
 
     def save(self, path: Path) -> None:
         """Write everything that `load` needs to continue from here."""
-        with replacing(path) as temporary:
+        with replacing(path, failures=(RuntimeError,)) as temporary:
             torch.save(self._state(), temporary)
 
     def load(self, path: Path) -> None:

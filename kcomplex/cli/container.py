@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, TypeAlias
 import typer
 
 from kcomplex.cli import options
-from kcomplex.cli.output import errors, tell_coverage
+from kcomplex.cli.output import progress, tell, tell_coverage
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -56,7 +55,7 @@ def encode(
         )
     bits = 8 * size / max(weights.elements, 1)
     ratio = weights.nbytes / size
-    errors.print(f"wrote {output}: {size:,} bytes, {bits:.4f} bits a weight, raw / this = {ratio:.3f}", markup=False)
+    tell(f"wrote {output}: {size:,} bytes, {bits:.4f} bits a weight, raw / this = {ratio:.3f}")
     tell_coverage(weights.coverage)
 
 
@@ -76,9 +75,9 @@ def decode(
         container.decode(
             path, output, given=given, limit=limit, jobs=jobs, progress=lambda _: bar.update(task, advance=1)
         )
-    errors.print(f"wrote {output}: {total} tensors", markup=False)
+    tell(f"wrote {output}: {total} tensors")
     if metadata and output.suffix == ".pt":
-        errors.print("the metadata of the safetensors file isn't in it: a .pt file has none", markup=False)
+        tell("the metadata of the safetensors file isn't in it: a .pt file has none")
 
 
 def verify(
@@ -109,12 +108,10 @@ def verify(
     if inexact:
         told += f"; {inexact} of {total} are quantised, with a mean squared error of {error:.6g} over all weights"
         told += ", which they have from the original" if original is not None else ", as the file says"
-    errors.print(told, markup=False)
+    tell(told)
 
 
 @contextmanager
 def _progress(what: str, total: float) -> Iterator[tuple[Progress, TaskID]]:
-    from rich.progress import Progress
-
-    with Progress(console=errors, transient=True, disable=not sys.stderr.isatty()) as bar:
+    with progress() as bar:
         yield bar, bar.add_task(what, total=max(total, 1))

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
-from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,7 +10,16 @@ import typer
 
 from kcomplex.cli.explain import draw_explanation, explain_weights, show_explanation
 from kcomplex.cli.options import Count, Exclude, Given, Include, Jobs, Partial, Root, Skip, choices
-from kcomplex.cli.output import OutputFormat, check_figure, errors, output_format, tell_coverage, write_frame
+from kcomplex.cli.output import (
+    OutputFormat,
+    check_figure,
+    output_format,
+    progress,
+    tell_coverage,
+    telling_errors,
+    write_frame,
+    write_json,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -72,15 +79,15 @@ def describe(
     if explain and dry_run:
         raise SpecError("--dry-run measures nothing that could be explained: leave one of the two out")
     if figure is not None:
-        check_figure(figure)
+        check_figure(figure, *paths, given)
         if len(paths) > 1 or len(wanted) > 1:
             raise SpecError("--figure draws one checkpoint under one estimator: give one path and one -e")
     documents = []
     frames = []
-    with ExitStack() as stack:
-        chosen = choices(include, exclude, root, count, skip)
-        opened = [stack.enter_context(open_weights(path, **chosen)) for path in paths]
-        for path, weights in zip(paths, opened, strict=True):
+    chosen = choices(include, exclude, root, count, skip)
+    codes: list[int] = []
+    for path in paths:
+        with telling_errors(codes), open_weights(path, **chosen) as weights:
             if dry_run:
                 frames.append(_listing(weights))
             elif explain:
@@ -102,21 +109,21 @@ def describe(
                 tell_coverage(weights.coverage)
             else:
                 tell_coverage(told.coverage, told.given, told.care)
-    if figure is not None:
-        draw_explanation(explanations[0], figure)
+            if figure is not None:
+                draw_explanation(explanations[0], figure, path, given)
     if output is OutputFormat.JSON and not dry_run and not explain:
-        sys.stdout.write(json.dumps(documents, indent=2) + "\n")
-    elif output is not OutputFormat.TABLE:
+        write_json(documents)
+    elif output is not OutputFormat.TABLE and frames:
         write_frame(pd.concat(frames, ignore_index=True), output)
+    if codes:
+        raise typer.Exit(max(codes))
 
 
 def _measure(weights: Weights, wanted: list[Estimator], jobs: int, verify: bool, partial: bool) -> Descriptions:
-    from rich.progress import Progress
-
     from kcomplex.measuring.measure import describe as measure
     from kcomplex.measuring.stream import prove
 
-    with Progress(console=errors, transient=True, disable=not sys.stderr.isatty()) as bar:
+    with progress() as bar:
         task = bar.add_task("", total=max(weights.nbytes, 1) * len(wanted))
 
         def advance(estimator: Estimator, handle: TensorHandle) -> None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kcomplex.cli.output import OutputFormat, errors, write_figure, write_frame
+from kcomplex.cli.output import OutputFormat, progress, write_figure, write_frame
 
 if TYPE_CHECKING:
     import pandas as pd
+    from rich.progress import TaskID
 
     from kcomplex.estimators.estimator import Estimator
     from kcomplex.measuring.explanation import Explanation
@@ -23,12 +23,10 @@ def explain_weights(
     weights: Weights, wanted: list[Estimator], jobs: int, shuffled: bool, verify: bool, partial: bool
 ) -> tuple[Explanation, ...]:
     """Return an explanation an estimator, with a bar on the standard error; ``verify`` decodes every code."""
-    from rich.progress import Progress, TaskID
-
     from kcomplex.measuring.explanation import explain
     from kcomplex.measuring.stream import prove
 
-    with Progress(console=errors, transient=True, disable=not sys.stderr.isatty()) as bar:
+    with progress() as bar:
         tasks: dict[str, TaskID] = {}
 
         def advance(label: str, handle: TensorHandle) -> None:
@@ -71,9 +69,9 @@ def _show(table: pd.DataFrame, title: str) -> None:
     write_frame(rounded[columns].rename(columns=names), OutputFormat.TABLE, title=title)
 
 
-def draw_explanation(explanation: Explanation, path: Path) -> None:
+def draw_explanation(explanation: Explanation, path: Path, *sources: str | None) -> None:
     """Write the figure of stacked bars, and its table beside it."""
     from kcomplex.registry import registry
 
     frame = explanation.to_frame()
-    write_figure(registry("kcomplex.analyses").load("bits").plot(frame), frame, path)
+    write_figure(registry("kcomplex.analyses").load("bits").plot(frame), frame, path, *sources)

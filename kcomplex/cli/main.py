@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import logging
+import os
+import signal
 import sys
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Annotated
 
 import typer
@@ -12,16 +17,17 @@ import typer
 from kcomplex.cli.container import decode, encode, verify
 from kcomplex.cli.describe import describe
 from kcomplex.cli.estimators import estimators
-from kcomplex.cli.output import errors, printable
+from kcomplex.cli.output import errors, tell, tell_error
 from kcomplex.cli.plot import plot
 from kcomplex.cli.quantise import quantise
 from kcomplex.cli.runs import runs
-from kcomplex.errors import KComplexError, PluginError, VerificationError
+from kcomplex.errors import PluginError
 from kcomplex.registry import registry
 from kcomplex.version import VERSION
 
-CHECK_FAILED = 1
-BAD_INPUT = 2
+# What shells add to the number of the signal that ended a command.
+_ENDED_BY = 128
+_PIPE_CLOSED = _ENDED_BY + 13
 
 
 def build_app() -> typer.Typer:
@@ -46,14 +52,81 @@ def build_app() -> typer.Typer:
 
 
 def main() -> None:
-    """Run the command line; exit code 0 is fine, 1 a check that failed, 2 bad input."""
+    """Run the command line.
+
+    Exit code 0 is fine, 1 a check that failed, 2 bad input or a file that can't be written, 3 a fault of kcomplex; 130,
+    141 or 143 as of other commands that are interrupted, write to a closed pipe, or are told to end.
+    """
+    _open_closed_streams()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # Names that aren't valid Unicode, or that the terminal's encoding lacks, are shown all the same.
+        sys.stdout.reconfigure(errors="backslashreplace")
+    warnings.showwarning = lambda message, *_: tell(f"warning: {message}")
     if sys.stderr.isatty():
         _show_messages()
+    with _interruptible() as signals:
+        code = _run()
+    if signals:
+        # Threads may have a piece in work that nobody waits for.
+        os._exit(_ENDED_BY + signals[0])
     try:
-        build_app()()
-    except KComplexError as error:
-        errors.print("error:", printable(" ".join(str(error).split())), markup=False)
-        sys.exit(CHECK_FAILED if isinstance(error, VerificationError) else BAD_INPUT)
+        sys.stdout.flush()
+    except OSError:
+        # Python would try once more.
+        os._exit(code)
+    sys.exit(code)
+
+
+def _run() -> int:
+    """Return the exit code of the command, its errors told in one line each."""
+    try:
+        try:
+            build_app()()
+        finally:
+            sys.stdout.flush()
+    except SystemExit as end:
+        # Typer and Rich end so where nobody reads what is written, and for no other reason.
+        return _PIPE_CLOSED if end.code == 1 else int(end.code or 0)
+    except BrokenPipeError:
+        return _PIPE_CLOSED
+    except KeyboardInterrupt:
+        return _ENDED_BY + signal.SIGINT
+    except Exception as error:
+        return tell_error(error)
+    return 0
+
+
+def _open_closed_streams() -> None:
+    """Have something stand in for standard streams that are closed, or files would take their numbers.
+
+    What is written to the standard output fails then, as it does for other commands; what would be told is lost.
+    """
+    for number, (name, flags) in enumerate((("stdin", os.O_RDONLY), ("stdout", os.O_RDONLY), ("stderr", os.O_WRONLY))):
+        if getattr(sys, name) is None and os.open(os.devnull, flags) == number:
+            setattr(sys, name, os.fdopen(number, "w" if number else "r"))
+
+
+@contextmanager
+def _interruptible() -> Iterator[list[int]]:
+    """Yield the signals that came: each interrupts what runs, so that temporary files go."""
+    came: list[int] = []
+
+    def interrupt(number: int, _: object) -> None:
+        came.append(number)
+        raise KeyboardInterrupt
+
+    names = ("SIGINT", "SIGTERM", "SIGHUP")
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    before = {number: signal.getsignal(number) for number in numbers}
+    # What whoever started us had ignored (nohup, the background of a script) stays so.
+    heeded = [number for number in numbers if before[number] is not signal.SIG_IGN]
+    for number in heeded:
+        signal.signal(number, interrupt)
+    try:
+        yield came
+    finally:
+        for number in heeded:
+            signal.signal(number, before[number])
 
 
 def _show_messages() -> None:

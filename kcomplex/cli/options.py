@@ -26,7 +26,9 @@ Skip: TypeAlias = Annotated[
     list[str] | None, typer.Option(metavar="ROLE", help="leave out bias, norm or statistic; repeat it")
 ]
 Partial: TypeAlias = Annotated[bool, typer.Option("--partial", help="measure what can be read, however little it is")]
-Jobs: TypeAlias = Annotated[int, typer.Option("--jobs", "-j", min=1, help="threads; the result doesn't depend on it")]
+Jobs: TypeAlias = Annotated[
+    int, typer.Option("--jobs", "-j", help="threads, -1 for one a core; no result depends on it")
+]
 
 
 def choices(include: Include, exclude: Exclude, root: Root, count: Count, skip: Skip) -> Choices:

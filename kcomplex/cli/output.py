@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
-from collections.abc import Iterable
+import traceback
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,16 +17,26 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from kcomplex.errors import KComplexError, SpecError
-from kcomplex.machine.files import replacing
+from kcomplex.errors import KComplexError, SpecError, VerificationError
+from kcomplex.machine.files import output_path, replacing
+from kcomplex.machine.terminal import printable
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
+    from rich.progress import Progress, ProgressColumn
 
     from kcomplex.weights import Coverage
 
 GIVEN = "weights that the code may use: a checkpoint, or 'seed:factory=package.module:function,seed=0'"
+
+CHECK_FAILED = 1
+BAD_INPUT = 2
+OWN_FAULT = 3
+# Characters of an error message that are shown: its beginning and its end.
+_HEAD, _TAIL = 600, 300
+# PyTorch's allocators raise RuntimeError.
+_ALLOCATION = re.compile("can't allocate memory|not enough memory|out of memory")
 
 errors = Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -54,51 +67,124 @@ def output_format(as_json: bool, as_csv: bool) -> OutputFormat:
 def write_frame(frame: pd.DataFrame, output: OutputFormat, title: str = "") -> None:
     """Write a frame to the standard output; CSV and JSON hold every column, unrounded."""
     if output is OutputFormat.CSV:
-        sys.stdout.write(frame.to_csv(index=False))
+        write_text(frame.to_csv(index=False))
         return
     if output is OutputFormat.JSON:
-        records = [{key: _plain(value) for key, value in row.items()} for row in frame.to_dict("records")]
-        sys.stdout.write(json.dumps(records, indent=2) + "\n")
+        write_json([{key: _plain(value) for key, value in row.items()} for row in frame.to_dict("records")])
         return
     table = Table(title=Text(printable(title)) if title else None, title_justify="left")
     for column in frame.columns:
         numeric = frame[column].dtype.kind in "iuf"
-        table.add_column(column.replace("_", " "), justify="right" if numeric else "left", overflow="fold")
+        heading = Text(printable(column.replace("_", " ")))
+        table.add_column(heading, justify="right" if numeric else "left", overflow="fold")
     for row in frame.itertuples(index=False):
         table.add_row(*(Text(printable(cell(value))) for value in row))
     Console().print(table)
 
 
-def check_figure(path: Path) -> None:
-    """Refuse a figure's path before anything is measured for it.
+def write_json(value: Any) -> None:
+    """Write a value to the standard output as JSON."""
+    write_text(json.dumps(value, indent=2) + "\n")
+
+
+def write_text(text: str) -> None:
+    """Write a text to the standard output, exactly; on a terminal, without the control characters in its lines."""
+    shown = "\n".join(map(printable, text.split("\n"))) if sys.stdout.isatty() else text
+    sys.stdout.write(shown)
+
+
+def tell(text: str) -> None:
+    """Print a line on the standard error; where that can't be written, nobody is told."""
+    with suppress(OSError):
+        print(printable(text), file=sys.stderr, flush=True)
+
+
+def tell_error(error: Exception) -> int:
+    """Print the line that tells an error, and return the exit code that stands for its kind."""
+    message = str(error)
+    if isinstance(error, KComplexError):
+        pass
+    elif isinstance(error, OSError):
+        message = f"{error.filename or 'the standard output (or a temporary file)'}: {error.strerror or error}"
+    elif isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _ALLOCATION.search(message)):
+        message = f"there isn't enough memory: {message or 'it is used up'}"
+    elif isinstance(error, RecursionError):
+        message = f"something is nested too deeply: {message}"
+    else:
+        for part in traceback.format_exception(error):
+            for line in part.splitlines():
+                tell(line)
+        tell("this is a fault of kcomplex: please report it with the lines above")
+        return OWN_FAULT
+    message = " ".join(message.split())
+    if len(message) > _HEAD + _TAIL:
+        message = f"{message[:_HEAD]} ... {message[-_TAIL:]}"
+    tell(f"error: {message}")
+    return CHECK_FAILED if isinstance(error, VerificationError) else BAD_INPUT
+
+
+@contextmanager
+def telling_errors(codes: list[int]) -> Iterator[None]:
+    """Tell what goes wrong with one of several sources, and keep its exit code, so that the others aren't hidden."""
+    try:
+        yield
+    except (KComplexError, MemoryError, RecursionError) as error:
+        codes.append(tell_error(error))
+
+
+def progress(*columns: ProgressColumn, transient: bool = True) -> Progress:
+    """Return a bar on the standard error, which appears on a terminal only, with other columns than the usual ones.
+
+    A transient one goes when it ends.
+    """
+    from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskProgressColumn, TimeRemainingColumn
+
+    class Description(ProgressColumn):
+        """What a task is called: specifications and names, which aren't markup."""
+
+        def render(self, task: Task) -> Text:
+            return Text(printable(task.description))
+
+    shown = columns or (BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    return Progress(Description(), *shown, console=errors, transient=transient, disable=not sys.stderr.isatty())
+
+
+def check_figure(path: Path, *sources: str | None) -> None:
+    """Refuse a figure's path before anything is measured for it; see `output_path`.
 
     Raises
     ------
     SpecError
         The suffix isn't .png, .pdf or .svg.
+    KComplexError
+        The figure or its table may not be written.
     """
     if path.suffix not in (".png", ".pdf", ".svg"):
         raise SpecError(f"{path}: a figure's name ends in .png, .pdf or .svg")
+    for file in (path, _table_of(path)):
+        output_path(file, *sources)
 
 
-def write_figure(axes: Axes, frame: pd.DataFrame, path: Path) -> None:
-    """Write the figure that axes stand in, and its table beside it as CSV; say so on the standard error.
+def _table_of(figure: Path) -> Path:
+    # Not bits.csv for bits.png: who draws may have data of that name.
+    return figure.with_name(f"{figure.name}.csv")
+
+
+def write_figure(axes: Axes, frame: pd.DataFrame, path: Path, *sources: str | None) -> None:
+    """Write the figure that axes stand in, and its table beside it, ``NAME.png.csv``; say so on the standard error.
 
     Raises
     ------
     KComplexError
-        One of them can't be written.
+        One of them can't be written, or is one of the sources.
     """
-    table, figure = path.with_suffix(".csv"), axes.get_figure(root=True)
+    table, figure = _table_of(path), axes.get_figure(root=True)
     assert figure is not None
-    try:
-        with replacing(path) as temporary:
-            figure.savefig(temporary, dpi=150)
-        with replacing(table) as temporary:
-            frame.to_csv(temporary, index=False)
-    except OSError as error:
-        raise KComplexError(f"{path}: can't be written: {error.strerror or error}") from error
-    errors.print(f"wrote {path} and {table}", markup=False)
+    with replacing(path, *sources) as temporary:
+        figure.savefig(temporary, dpi=150, format=path.suffix[1:])
+    with replacing(table, *sources) as temporary:
+        frame.to_csv(temporary, index=False)
+    tell(f"wrote {path} and {table}")
 
 
 def tell_coverage(coverage: Coverage, given: object = None, care: Iterable[str] = ()) -> None:
@@ -106,12 +192,7 @@ def tell_coverage(coverage: Coverage, given: object = None, care: Iterable[str] 
     lines = {"coverage": coverage, "given": given, "care": "; ".join(care)}
     for name, told in lines.items():
         if told:
-            errors.print(printable(f"{name}: {told}"), markup=False)
-
-
-def printable(text: str) -> str:
-    """Return a text without control characters: names in files come from anybody, and terminals obey them."""
-    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
+            tell(f"{name}: {told}")
 
 
 def cell(value: Any) -> str:

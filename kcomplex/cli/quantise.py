@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kcomplex.cli.options import Count, Jobs, Partial, Root, Skip
-from kcomplex.cli.output import OutputFormat, errors, output_format, tell_coverage, write_frame
+from kcomplex.cli.output import OutputFormat, output_format, progress, tell, tell_coverage, write_frame, write_json
 from kcomplex.errors import KComplexError, SpecError
 from kcomplex.quantising.step_search import DEFAULT_ESTIMATOR, EVALUATIONS, WITHIN
 
@@ -48,17 +48,14 @@ def quantise(
     as_csv: Annotated[bool, typer.Option("--csv", help="the tensors as CSV (the default when piped)")] = False,
 ) -> None:
     """Write the smallest .kcz file found whose error, bits or loss are as wished; decode gives back its weights."""
-    import json
-
-    from rich.progress import Progress, TextColumn
+    from rich.progress import TextColumn
 
     from kcomplex.quantising import quantisation
     from kcomplex.sources.open import open_weights
 
     shown = output_format(as_json, as_csv)
     function = None if evaluate is None else _imported(evaluate)
-    columns = (TextColumn("{task.description}"), TextColumn("trial {task.completed}"))
-    with Progress(*columns, console=errors, transient=True, disable=not sys.stderr.isatty()) as bar:
+    with progress(TextColumn("trial {task.completed}")) as bar:
         task = bar.add_task("quantising", total=None)
 
         def advance(trials: int, number: float) -> None:
@@ -86,16 +83,15 @@ def quantise(
             progress=advance,
         )
     if shown is OutputFormat.JSON:
-        sys.stdout.write(json.dumps(told.to_dict(), indent=2) + "\n")
+        write_json(told.to_dict())
     else:
         write_frame(told.to_frame(), shown)
     loss = ""
     if told.loss is not None:
         loss = f", loss {told.loss:.6g} ({told.baseline:.6g} before, {told.evaluations} evaluations)"
-    errors.print(
+    tell(
         f"wrote {output}: {told.bits // 8:,} bytes, {told.bits_per_weight:.4f} bits a weight, "
-        f"mean squared error {told.distortion:.6g}{loss}",
-        markup=False,
+        f"mean squared error {told.distortion:.6g}{loss}"
     )
     tell_coverage(coverage)
 

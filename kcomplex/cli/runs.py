@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from kcomplex.cli.output import GIVEN, OutputFormat, errors, output_format, printable, write_frame
+from kcomplex.cli.output import GIVEN, OutputFormat, output_format, tell, tell_error, write_frame
 from kcomplex.errors import RunError
 
 # No terminal is wider, and a table of thousands takes minutes.
@@ -32,12 +32,11 @@ def runs(
     from kcomplex.tracking import frames
 
     output = output_format(as_json, as_csv)
-    told: set[str] = set()
+    told: dict[str, int] = {}
 
-    def tell(error: RunError) -> None:
+    def tell_once(error: RunError) -> None:
         if str(error) not in told:
-            told.add(str(error))
-            errors.print("error:", printable(str(error)), markup=False)
+            told[str(error)] = tell_error(error)
 
     if measure:
         from kcomplex.tracking.worker import measure_pending
@@ -48,13 +47,13 @@ def runs(
             except RunError as error:
                 if folder == Path(path):
                     raise
-                tell(error)
+                tell_once(error)
             else:
-                errors.print(f"{printable(name)}: measured {count} snapshots", markup=False)
+                tell(f"{name}: measured {count} snapshots")
     if events:
-        write_frame(frames.load_events(path, tell), output)
+        write_frame(frames.load_events(path, tell_once), output)
     else:
-        frame = frames.load_runs(path, tell)
+        frame = frames.load_runs(path, tell_once)
         if not all_snapshots:
             frame = frame[frame["step"] == frame.groupby("run")["step"].transform("max")]
         hidden = ["value", "unit", "bits", "raw_bits", "wall_time", "seconds", "version", "lossless", "distortion"]
@@ -67,4 +66,4 @@ def runs(
                 frame = frame.iloc[:, :_MOST_COLUMNS]
         write_frame(frame, output, title=path)
     if told:
-        raise RunError(f"{path}: not all of the runs are shown or measured: see above")
+        raise typer.Exit(max(told.values()))

@@ -23,7 +23,7 @@ from kcomplex.estimators.spec import full_spec_of, spec_of
 from kcomplex.estimators.structure import TensorEntry, encode_structure, entries_of, join_lengths, split_lengths
 from kcomplex.estimators.symbols import Shape, Symbols, chunk_count, chunks, symbol_dtype, symbol_shape, symbols_of
 from kcomplex.machine.closing import Closing
-from kcomplex.machine.parallel import in_order
+from kcomplex.machine.parallel import in_order, thread_count
 from kcomplex.weights import TensorHandle, Weights, dtype_name, tensor_from_words, word_dtype
 
 Result = TypeVar("Result")
@@ -241,7 +241,8 @@ class Encoding(Closing):
             made = code.encode(piece, self._memory)
             return piece, (made.size, made.choice), take(made)
 
-        for piece, stream, taken in in_order(encoded, self._wanted(), 1 if self._code.sequential and jobs else jobs):
+        threads = thread_count(jobs)
+        for piece, stream, taken in in_order(encoded, self._wanted(), 1 if self._code.sequential else threads):
             self._streams[piece.name].append(stream)
             yield piece, taken
 

@@ -243,10 +243,13 @@ def given_of(given: GivenSource) -> Given:
 
 
 def given_path(given: GivenSource | None) -> str | None:
-    """Return the path of a checkpoint that is given; None of anything else."""
+    """Return the path of a checkpoint that is given, or that given weights are read from; None of anything else."""
     if isinstance(given, (str, PathLike)):
         return fspath(given)
-    return given.path if isinstance(given, GivenCheckpoint) else None
+    weights = given.weights if isinstance(given, GivenWeights) else given
+    if isinstance(weights, Weights):
+        return weights.source
+    return weights.path if isinstance(weights, GivenCheckpoint) else None
 
 
 def digest_of_weights(weights: Weights) -> str:

@@ -24,7 +24,6 @@ import torch
 from kcomplex.errors import (
     KComplexError,
     RefusedStreamError,
-    SourceNotFoundError,
     SpecError,
     StreamError,
     UnknownNameError,
@@ -43,9 +42,9 @@ from kcomplex.estimators.relative import GivenCode
 from kcomplex.estimators.structure import TensorEntry, claimed_bytes
 from kcomplex.kcz.index import HEAD, Notes, PieceStream, digest_of, encode_index, read_index
 from kcomplex.machine.closing import Closing
-from kcomplex.machine.files import beside, refuse_overwriting, replacing
+from kcomplex.machine.files import beside, open_regular, output_path, replacing
 from kcomplex.machine.limits import require_claim, require_memory
-from kcomplex.machine.parallel import in_order
+from kcomplex.machine.parallel import in_order, thread_count
 from kcomplex.sources.formats.safetensors_file import original_layout, safetensors_header
 from kcomplex.sources.open import Choices, Source, opened
 from kcomplex.weights import TensorHandle, Weights, Words, squared_error, word_dtype, words_of
@@ -71,7 +70,7 @@ def encode(
     source
         Anything that `open_weights` opens; metadata and order are kept of a safetensors file.
     path
-        Written under a temporary name, then renamed.
+        Of the file to write; see `kcomplex.machine.files.replacing`.
     estimator
         Of kind ``code``.
     given
@@ -88,31 +87,26 @@ def encode(
     WeightsError
         The estimator has no decoder, or there are no weights.
     KComplexError
-        The file can't be written.
+        The file can't be written, or is one of those that it would be made of.
     """
-    code, target = build_encoder(estimator, given), _path(path)
-    refuse_overwriting(target, source, given_path(code.given) if isinstance(code, GivenCode) else None)
-    try:
-        with opened(source, partial, **choices) as weights, replacing(target) as temporary, ExitStack() as stack:
-            if not len(weights):
-                raise WeightsError(f"{weights.source}: it holds no tensor that could be encoded")
-            notes, distinct = _layout_of(source, weights), distinct_weights(weights, code.quantises)
-            latest = temporary
+    thread_count(jobs)
+    code = build_encoder(estimator, given)
+    known = given_path(code.given) if isinstance(code, GivenCode) else None
+    with ExitStack() as stack:
+        weights = stack.enter_context(opened(source, partial, **choices))
+        if not len(weights):
+            raise WeightsError(f"{weights.source}: it holds no tensor that could be encoded")
+        temporary = stack.enter_context(replacing(path, source, weights.source, known))
+        notes, distinct = _layout_of(source, weights), distinct_weights(weights, code.quantises)
 
-            def written(trial: Code) -> tuple[Path, Outcome]:
-                nonlocal latest
-                latest = stack.enter_context(beside(latest))
-                with latest.open("wb") as file, Encoding(trial, weights, distinct) as encoding:
-                    # Whoever watches sees each tensor once.
-                    return latest, _write(file, encoding, distinct, notes, jobs, progress if trial is code else None)
+        def written(trial: Code) -> tuple[Path, Outcome]:
+            other = stack.enter_context(beside(temporary))
+            with other.open("wb") as file, Encoding(trial, weights, distinct) as encoding:
+                # Whoever watches sees each tensor once.
+                return other, _write(file, encoding, distinct, notes, jobs, progress if trial is code else None)
 
-            shortest(code, written).replace(temporary)
-            return temporary.stat().st_size
-    except KComplexError:
-        # A source that isn't there is an OSError, too.
-        raise
-    except OSError as error:
-        raise KComplexError(f"{target}: can't be written: {error.strerror or error}") from error
+        shortest(code, written).replace(temporary)
+        return temporary.stat().st_size
 
 
 def _write(
@@ -174,14 +168,7 @@ class Container(Closing):
     ) -> None:
         self.path = _path(path)
         self._given = given
-        if self.path.exists() and not self.path.is_file():
-            raise RefusedStreamError(f"{self.path}: it is no regular file")
-        try:
-            self._file = self.path.open("rb")
-        except FileNotFoundError as error:
-            raise SourceNotFoundError(f"{self.path}: there is no such file") from error
-        except OSError as error:
-            raise RefusedStreamError(f"{self.path}: can't be read: {error.strerror or error}") from error
+        self._file = open_regular(self.path)
         self._reading, self._learning = Lock(), Lock()
         # What was read last of a code that learns, and the stream that follows it.
         self._memory: Memory | None = None
@@ -334,7 +321,7 @@ def decode(
     Parameters
     ----------
     output
-        Written under a temporary name, then renamed.
+        Of the file to write; see `kcomplex.machine.files.replacing`.
     given, limit
         See `Container`.
     jobs
@@ -349,47 +336,46 @@ def decode(
     WeightsError
         Safetensors files can't hold such a dtype or name.
     KComplexError
-        The file can't be written, or has another suffix.
+        The file can't be written, has another suffix, or is one of those that it would be made of.
     """
-    target = _path(output)
-    write = _WRITERS.get(target.suffix)
+    thread_count(jobs)
+    write = _WRITERS.get(output_path(output).suffix)
     if write is None:
-        raise KComplexError(f"{target}: decode writes {' and '.join(_WRITERS)} files: give it such a name")
-    refuse_overwriting(target, path, given_path(given))
-    with Container(path, given=given, limit=limit) as container:
-        try:
-            write(container, target, jobs, progress or (lambda entry: None))
-        except KComplexError:
-            raise
-        except OSError as error:
-            raise KComplexError(f"{target}: can't be written: {error.strerror or error}") from error
+        raise KComplexError(f"{output}: decode writes {' and '.join(_WRITERS)} files: give it such a name")
+    with (
+        Container(path, given=given, limit=limit) as container,
+        replacing(output, path, given_path(given)) as temporary,
+        temporary.open("w+b") as file,
+    ):
+        write(container, file, jobs, progress or (lambda entry: None))
 
 
-def _write_safetensors(container: Container, target: Path, jobs: int, progress: Callable[[TensorEntry], None]) -> None:
+def _write_safetensors(
+    container: Container, file: BinaryIO, jobs: int, progress: Callable[[TensorEntry], None]
+) -> None:
     layout = [(name, entry.dtype, entry.shape) for entry in container.entries for name in entry.names]
     header, offsets = safetensors_header(layout, container.notes.metadata, container.notes.order)
-    with replacing(target) as temporary, temporary.open("w+b") as file:
-        file.write(header)
-        for entry, piece, tensor in container.pieces(jobs):
-            for name in entry.names:
-                file.seek(len(header) + offsets[name] + piece.start * entry.dtype.itemsize)
-                file.write(words_of(tensor).data)
-            if piece.stop == math.prod(entry.shape):
-                progress(entry)
-        for entry in container.entries:
-            if entry.original is None:
-                continue
-            original = container.entries[entry.original]
-            words = _written(file, len(header) + offsets[original.names[0]], original)
-            if entry.transposed:
-                words = words.reshape(*original.shape, -1).swapaxes(0, 1)
-            for name in entry.names:
-                file.seek(len(header) + offsets[name])
-                file.write(np.ascontiguousarray(words).data)
+    file.write(header)
+    for entry, piece, tensor in container.pieces(jobs):
+        for name in entry.names:
+            file.seek(len(header) + offsets[name] + piece.start * entry.dtype.itemsize)
+            file.write(words_of(tensor).data)
+        if piece.stop == math.prod(entry.shape):
             progress(entry)
+    for entry in container.entries:
+        if entry.original is None:
+            continue
+        original = container.entries[entry.original]
+        words = _written(file, len(header) + offsets[original.names[0]], original)
+        if entry.transposed:
+            words = words.reshape(*original.shape, -1).swapaxes(0, 1)
+        for name in entry.names:
+            file.seek(len(header) + offsets[name])
+            file.write(np.ascontiguousarray(words).data)
+        progress(entry)
 
 
-def _write_pytorch(container: Container, target: Path, jobs: int, progress: Callable[[TensorEntry], None]) -> None:
+def _write_pytorch(container: Container, file: BinaryIO, jobs: int, progress: Callable[[TensorEntry], None]) -> None:
     require_memory(sum(entry.nbytes for entry in container.entries))
     found: dict[str, torch.Tensor] = {}
     for entry, parts in groupby(container.pieces(jobs), key=lambda part: part[0]):
@@ -401,8 +387,11 @@ def _write_pytorch(container: Container, target: Path, jobs: int, progress: Call
             original = found[container.entries[entry.original].names[0]]
             found |= dict.fromkeys(entry.names, duplicate(original, entry.shape, entry.transposed))
             progress(entry)
-    with replacing(target) as temporary, temporary.open("wb") as file:
+    try:
         torch.save({name: found[name] for entry in container.entries for name in entry.names}, file)
+    except RuntimeError as error:
+        # So it tells that the disk is full.
+        raise OSError(str(error)) from error
 
 
 _WRITERS = {".safetensors": _write_safetensors, ".pt": _write_pytorch}
@@ -443,6 +432,7 @@ def verify(
     RefusedStreamError
         The file isn't decoded; see `Container`.
     """
+    thread_count(jobs)
     try:
         with Container(path, given=given, limit=limit) as container:
             if source is None:

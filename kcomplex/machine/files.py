@@ -1,37 +1,62 @@
-"""Writing files so that a reader sees the old one or the new one, never half of either."""
+"""Writing files so that a reader sees the old one or the new one, never half of either; and reading regular ones."""
 
 from __future__ import annotations
 
 import os
+import secrets
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
-from kcomplex.errors import KComplexError
+from kcomplex.errors import KComplexError, RefusedStreamError, SourceNotFoundError
 
 # What no reader takes for a part of a checkpoint in a folder, and may be written anew beside one.
 _OWN_SUFFIX = ".kcz"
 
 
-def refuse_overwriting(target: Path, *sources: object) -> None:
-    """Check that a file to be written isn't one of those that it is made of, or in a folder that it is made of.
+def output_path(path: object, *sources: object) -> Path:
+    """Return the path of a file that may be written: a new one, or one in place of a regular file.
 
-    In such a folder it may be a new file, or a ``.kcz`` file.
+    Parameters
+    ----------
+    path
+        Text or path.
+    sources
+        What the file is made of. Those that are paths are protected under whatever name, and all that is in folders,
+        but for ``.kcz`` files there.
 
     Raises
     ------
     KComplexError
-        It is.
+        The name is empty; a folder, a link, a device or a pipe is there; or it is one of the sources.
     """
-    if not target.exists():
-        return
+    if not isinstance(path, (str, os.PathLike)):
+        raise KComplexError(f"a file to write is named by a path, not by a {type(path).__name__}")
+    target = Path(path)
+    if not target.name:
+        raise KComplexError("the name of the file to write is empty: give one")
+    try:
+        mode = target.lstat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return target
+    # ValueError: a null character.
+    except (OSError, ValueError) as error:
+        raise _not_written(target, error) from error
+    if stat.S_ISLNK(mode):
+        raise KComplexError(f"{target}: a link isn't written over: give the path that it leads to, or another one")
+    if not stat.S_ISREG(mode):
+        kind = "folder" if stat.S_ISDIR(mode) else "device, pipe or socket"
+        raise KComplexError(f"{target}: a {kind} isn't written over: give the path of a file")
     for source in sources:
         if not isinstance(source, (str, os.PathLike)):
             continue
-        folder = Path(source)
-        members = (path for path in folder.rglob("*") if path.suffix != _OWN_SUFFIX) if _is_folder(folder) else ()
-        if any(_is_same(target, path) for path in (folder, *members)):
+        where = Path(source)
+        members = (file for file in where.rglob("*") if file.suffix != _OWN_SUFFIX) if _is_folder(where) else ()
+        if any(_is_same(target, file) for file in (where, *members)):
             raise KComplexError(f"{target}: writing it would destroy what it is made of: take another name")
+    return target
 
 
 def _is_folder(path: Path) -> bool:
@@ -48,29 +73,114 @@ def _is_same(target: Path, path: Path) -> bool:
     return False
 
 
+def _not_written(target: Path, error: BaseException) -> KComplexError:
+    return KComplexError(f"{target}: can't be written: {getattr(error, 'strerror', None) or error}")
+
+
 @contextmanager
 def beside(path: Path) -> Iterator[Path]:
-    """Yield another path in the same folder; what is there at the end is removed."""
-    other = path.with_name(f"{path.name}.other")
+    """Yield a new, empty file in the same folder; what is there at the end is removed.
+
+    It is hidden, has a name that nobody else takes and that no reader of folders looks for, and is no more readable for
+    others than a file at the path is.
+    """
+    other = path.with_name(f".kcomplex-{secrets.token_hex(8)}.partial")
+    mode = _permissions(path)
     try:
+        os.close(
+            os.open(
+                other,
+                os.O_CREAT | os.O_EXCL | os.O_WRONLY,
+                0o666 if mode is None else mode | stat.S_IRUSR | stat.S_IWUSR,
+            )
+        )
         yield other
     finally:
         other.unlink(missing_ok=True)
 
 
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path in the same folder, with the same suffix; on success it takes the place of ``path``.
+def _permissions(path: Path) -> int | None:
+    with suppress(FileNotFoundError):
+        return path.stat().st_mode & 0o777
+    return None
 
-    The folder is made if it doesn't exist. On an error the temporary file is removed and ``path`` stays as it was.
+
+@contextmanager
+def replacing(path: object, *sources: object, failures: tuple[type[Exception], ...] = ()) -> Iterator[Path]:
+    """Yield a temporary file in the same folder; on success it takes the place of ``path``, and its permissions.
+
+    The folder is made if it doesn't exist. All is on the disk before the name is given, and the name before the block
+    is left: after a power cut, too, the path holds the old file or the new one. On an error the temporary file and the
+    folders made for it are removed, and ``path`` stays as it was. A process that is killed leaves a hidden file
+    ``.kcomplex-*.partial``, which no reader takes for anything.
+
+    Parameters
+    ----------
+    path, sources
+        See `output_path`.
+    failures
+        What the library that writes raises, beside OSError, where the disk is full.
+
+    Raises
+    ------
+    KComplexError
+        The path can't be written, or may not be.
     """
-    if not path.name:
-        raise KComplexError("the name of the file to write is empty: give one")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
+    target = output_path(path, *sources)
+    made: list[Path] = []
     try:
-        yield temporary
-        temporary.replace(path)
+        for folder in (*reversed(target.parent.parents), target.parent):
+            if not folder.exists():
+                folder.mkdir(exist_ok=True)
+                made.append(folder)
+        with beside(target) as temporary:
+            yield temporary
+            mode = _permissions(target)
+            if mode is not None:
+                temporary.chmod(mode)
+            _sync(temporary, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
+            temporary.replace(output_path(target, *sources))
+        if os.name == "posix":
+            for folder in {target.parent, *(folder.parent for folder in made)}:
+                _sync(folder, os.O_RDONLY)
+    except BaseException as error:
+        for folder in reversed(made):
+            with suppress(OSError):
+                folder.rmdir()
+        # An error of kcomplex may be an OSError, too.
+        if isinstance(error, (OSError, *failures)) and not isinstance(error, KComplexError):
+            raise _not_written(target, error) from error
+        raise
+
+
+def _sync(path: Path, flags: int) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, flags)
+    try:
+        os.fsync(descriptor)
     finally:
-        with suppress(FileNotFoundError):
-            temporary.unlink()
+        os.close(descriptor)
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Return a file that is opened for reading.
+
+    Raises
+    ------
+    SourceNotFoundError
+        There is none.
+    RefusedStreamError
+        It can't be read, or is a folder, a device, or a pipe, which could wait for ever.
+    """
+    try:
+        # Opening a pipe that nobody writes to would wait.
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    except FileNotFoundError as error:
+        raise SourceNotFoundError(f"{path}: there is no such file") from error
+    # ValueError: a null character.
+    except (OSError, ValueError) as error:
+        raise RefusedStreamError(f"{path}: can't be read: {getattr(error, 'strerror', None) or error}") from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise RefusedStreamError(f"{path}: it is no regular file, but a folder, device, pipe or socket")
+    return os.fdopen(descriptor, "rb")

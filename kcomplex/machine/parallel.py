@@ -14,33 +14,46 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def in_order(function: Callable[[Item], Result], items: Iterable[Item], jobs: int) -> Iterator[Result]:
-    """Yield `function` of every item in order, from threads where ``jobs`` isn't 1; -1 stands for one a core.
-
-    Items are taken, and results kept, at most two a thread ahead of whoever consumes the results: memory stays bounded
-    however slow that is.
+def thread_count(jobs: object) -> int:
+    """Return the number of threads that ``jobs`` stands for: itself, or one a core for -1.
 
     Raises
     ------
     SpecError
-        ``jobs`` is 0 or below -1.
+        It isn't a whole number, is 0, or below -1.
     """
-    if not isinstance(jobs, int) or jobs == 0 or jobs < -1:
-        raise SpecError(f"jobs is a number of threads (or -1 for one a core), not {jobs!r}")
-    threads = os.cpu_count() or 1 if jobs == -1 else jobs
-    return map(function, items) if threads == 1 else _threaded(function, items, threads)
+    if not isinstance(jobs, int) or isinstance(jobs, bool) or jobs == 0 or jobs < -1:
+        raise SpecError(f"jobs is a number of threads (or -1 for one a core), not {jobs!r:.80}")
+    return os.cpu_count() or 1 if jobs == -1 else jobs
+
+
+def in_order(function: Callable[[Item], Result], items: Iterable[Item], jobs: int) -> Iterator[Result]:
+    """Yield `function` of every item in order, from threads; see `thread_count`.
+
+    Items are taken, and results kept, at most two a thread ahead of whoever consumes the results (with one thread, none
+    ahead): memory stays bounded however slow that is. Whoever stops early, by Ctrl-C for example, doesn't wait for what
+    the threads have in work: the caller's thread runs nothing that couldn't be interrupted.
+
+    Raises
+    ------
+    SpecError
+        ``jobs`` makes no sense.
+    """
+    return _threaded(function, items, thread_count(jobs))
 
 
 def _threaded(function: Callable[[Item], Result], items: Iterable[Item], threads: int) -> Iterator[Result]:
     waiting: deque[Future[Result]] = deque()
-    with ThreadPoolExecutor(threads) as pool:
-        try:
-            for item in items:
-                waiting.append(pool.submit(function, item))
-                if len(waiting) >= 2 * threads:
-                    yield waiting.popleft().result()
-            while waiting:
+    most = 2 * threads if threads > 1 else 1
+    pool = ThreadPoolExecutor(threads)
+    finished = False
+    try:
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) >= most:
                 yield waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()
+        while waiting:
+            yield waiting.popleft().result()
+        finished = True
+    finally:
+        pool.shutdown(wait=finished, cancel_futures=True)

@@ -15,6 +15,7 @@ from kcomplex.estimators.estimator import Estimator
 from kcomplex.estimators.given import GivenSource
 from kcomplex.estimators.pieces import handles_of
 from kcomplex.estimators.pipeline import build_estimators
+from kcomplex.machine.parallel import thread_count
 from kcomplex.measuring.descriptions import Descriptions
 from kcomplex.sources.open import Choices, Source, opened
 from kcomplex.weights import TensorHandle, Weights
@@ -66,6 +67,7 @@ def describe(
     >>> describe({"w": torch.zeros(1000)}, "zstd")[0].kind
     'code'
     """
+    thread_count(jobs)
     built = build_estimators(estimators, given)
     with opened(source, partial, **choices) as weights:
         nonfinite = count_nonfinite(weights)

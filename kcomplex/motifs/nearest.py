@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator
 from typing import Any, TypeAlias
 
@@ -177,13 +176,9 @@ def _search_products(rows: Rows, motifs: Rows, workers: int) -> Indices:
         found[piece] = _lowest_nearest(rows, motifs, piece.start + which, candidates)
 
     with one_blas_thread():
-        for _ in in_order(search, _pieces(len(rows), max(motifs.shape)), _threads(workers)):
+        for _ in in_order(search, _pieces(len(rows), max(motifs.shape)), workers):
             pass
     return found
-
-
-def _threads(workers: int) -> int:
-    return (os.cpu_count() or 1) if workers == -1 else workers
 
 
 def _candidates(

@@ -7,7 +7,6 @@ import math
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kcomplex.errors import SpecError, WeightsError
@@ -16,7 +15,8 @@ from kcomplex.estimators.pipeline import build_estimator
 from kcomplex.estimators.quantised import QuantisedCode, is_quantisable
 from kcomplex.estimators.symbols import Shape
 from kcomplex.kcz.container import Container, encode
-from kcomplex.machine.files import refuse_overwriting
+from kcomplex.machine.files import output_path
+from kcomplex.machine.parallel import thread_count
 from kcomplex.quantising.step_search import DEFAULT_ESTIMATOR, EVALUATIONS, WITHIN, Steps
 from kcomplex.quantising.step_trials import Evaluate, Progress, Trials
 from kcomplex.sources.open import Choices, Source, opened
@@ -174,9 +174,11 @@ def quantise(
     """
     code = _searchable(estimator)
     _check_wishes(mse, bits, evaluate, within, evaluations)
-    refuse_overwriting(Path(path), source)
+    thread_count(jobs)
     choices: Choices = {"root": root, "count": count, "skip": skip}
     with opened(source, partial, **choices) as weights:
+        # Before the search, which takes long.
+        output_path(path, source, weights.source)
         trials = Trials(source, choices, weights, code, _names(weights, code, include, exclude), jobs, progress)
         if evaluate is not None:
             outcome, baseline, limit = trials.by_loss(evaluate, within, evaluations)

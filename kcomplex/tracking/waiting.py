@@ -9,6 +9,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
+from kcomplex.machine.terminal import printable
 from kcomplex.tracking.folder import WORKER_LOG
 from kcomplex.tracking.store import RunStore
 
@@ -68,8 +69,8 @@ def _progress(run: Path, stack: ExitStack) -> Callable[[], None]:
 
     store = stack.enter_context(RunStore(run, read_only=True))
     total = len(store.pending())
-    columns = (TextColumn("[progress.description]{task.description}"), BarColumn(), MofNCompleteColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn())
     bar = Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True)
     stack.enter_context(bar)
-    task = bar.add_task(f"measuring {run.name}", total=total)
+    task = bar.add_task(f"measuring {printable(run.name)}", total=total)
     return lambda: bar.update(task, completed=total - len(store.pending()))

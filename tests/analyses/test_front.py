@@ -93,7 +93,7 @@ def test_the_command_writes_table_and_figure(runs: Path, tmp_path: Path) -> None
     app = typer.Typer()
     app.command()(plot_command)
     CliRunner().invoke(app, ["front", str(runs), "-o", str(tmp_path / "front.png")], catch_exceptions=False)
-    assert list(pd.read_csv(tmp_path / "front.csv")["run"]) == ["pruned", "plain"]
+    assert list(pd.read_csv(tmp_path / "front.png.csv")["run"]) == ["pruned", "plain"]
     assert (tmp_path / "front.png").stat().st_size > 1000
 
 

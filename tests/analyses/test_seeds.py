@@ -65,5 +65,5 @@ def test_the_command_writes_table_and_figure(runs: Path, tmp_path: Path) -> None
     app = typer.Typer()
     app.command()(plot_command)
     CliRunner().invoke(app, ["seeds", str(runs), "-o", str(tmp_path / "seeds.png")], catch_exceptions=False)
-    assert sorted(pd.read_csv(tmp_path / "seeds.csv")["seeds"]) == [1, 3]
+    assert sorted(pd.read_csv(tmp_path / "seeds.png.csv")["seeds"]) == [1, 3]
     assert (tmp_path / "seeds.png").stat().st_size > 1000

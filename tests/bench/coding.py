@@ -137,7 +137,7 @@ def run(tools: list[str], sets: list[str], again: bool = False) -> bool:
     print_table(results)
     if len(results):
         with replacing(FOLDER / "coding.png") as temporary:
-            draw(results).savefig(temporary, dpi=150, bbox_inches="tight")
+            draw(results).savefig(temporary, dpi=150, bbox_inches="tight", format="png")
     return passed
 
 

@@ -206,7 +206,7 @@ def test_explain_as_json_and_as_a_figure(tmp_path: Path, run: Run) -> None:
     rows = json.loads(answer.stdout)
     assert {row["measured"] for row in rows} == {"weights", "floor"}
     assert "zstd (code)" in (tmp_path / "bits.svg").read_text()
-    with (tmp_path / "bits.csv").open() as file:
+    with (tmp_path / "bits.svg.csv").open() as file:
         assert len(list(csv.DictReader(file))) == len(rows)
 
 

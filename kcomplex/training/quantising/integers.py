@@ -65,7 +65,7 @@ def save_integers(path: str | os.PathLike[str], plain: nn.Module, integers: Mapp
         else:
             tensors[name] = tensor.cpu().contiguous()
     metadata = {"format": _FORMAT, "quantised": json.dumps(quantised), "aliases": json.dumps(aliases)}
-    with replacing(Path(path)) as temporary:
+    with replacing(path, failures=(SafetensorError,)) as temporary:
         save_file(tensors, temporary, metadata=metadata)
 
 

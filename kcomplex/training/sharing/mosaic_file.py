@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -74,7 +73,7 @@ def save_mosaics(path: str | os.PathLike[str], mode: Mode) -> int:
         keepers[id(tensor)] = name
         tensors[name] = tensor.detach().cpu().contiguous()
     metadata = {"format": _FORMAT, "mosaics": json.dumps(told), "aliases": json.dumps(aliases)}
-    with replacing(Path(path)) as temporary:
+    with replacing(path, failures=(SafetensorError,)) as temporary:
         save_file(tensors, temporary, metadata=metadata)
     return bits
 
