@@ -33,7 +33,7 @@ def output_path(path: object, *sources: object) -> Path:
         The name is empty; a folder, a link, a device or a pipe is there; or it is one of the sources.
     """
     if not isinstance(path, (str, os.PathLike)):
-        raise KComplexError(f"a file to write is named by a path, not by a {type(path).__name__}")
+        raise KComplexError(f"{path!r:.80} is no path of a file to write: give a text or a pathlib.Path")
     target = Path(path)
     if not target.name:
         raise KComplexError("the name of the file to write is empty: give one")
