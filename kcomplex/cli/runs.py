@@ -62,7 +62,7 @@ def runs(
             frame = frame.drop(columns=hidden)
             more = len(frame.columns) - _MOST_COLUMNS
             if more > 0:
-                errors.print(f"{more:,} metrics more are left out of the table: --csv and --json hold them")
+                tell(f"{more:,} metrics more are left out of the table: --csv and --json hold them")
                 frame = frame.iloc[:, :_MOST_COLUMNS]
         write_frame(frame, output, title=path)
     if told:

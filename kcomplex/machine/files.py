@@ -32,7 +32,7 @@ def output_path(path: object, *sources: object) -> Path:
     KComplexError
         The name is empty; a folder, a link, a device or a pipe is there; or it is one of the sources.
     """
-    if not isinstance(path, (str, os.PathLike)):
+    if not isinstance(path, (str, os.PathLike)) or "\0" in os.fspath(path):
         raise KComplexError(f"{path!r:.80} is no path of a file to write: give a text or a pathlib.Path")
     target = Path(path)
     if not target.name:
@@ -41,8 +41,7 @@ def output_path(path: object, *sources: object) -> Path:
         mode = target.lstat().st_mode
     except (FileNotFoundError, NotADirectoryError):
         return target
-    # ValueError: a null character.
-    except (OSError, ValueError) as error:
+    except OSError as error:
         raise _not_written(target, error) from error
     if stat.S_ISLNK(mode):
         raise KComplexError(f"{target}: a link isn't written over: give the path that it leads to, or another one")
