@@ -5,7 +5,8 @@ from __future__ import annotations
 import gc
 import hashlib
 import logging
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any, ParamSpec, TypeVar, cast
 import numba
 import numpy as np
 from numba.core import types
+from numba.core.caching import IndexDataCacheFile
 from numba.core.dispatcher import Dispatcher
 from numba.extending import intrinsic
 from numpy.typing import ArrayLike
@@ -22,7 +24,7 @@ Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
 
 _PROMISES = {"nogil": True, "cache": True, "error_model": "numpy", "no_cfunc_wrapper": True}
-# Its stubs lack options that numba documents.
+# Its types lack options that numba documents, and all of the caches.
 _njit: Callable[..., Any] = numba.njit
 _logger = logging.getLogger(__name__)
 # The files that each compiled function is made from.
@@ -66,7 +68,8 @@ def _compiled(function: Callable[Parameters, Result], **options: bool) -> Callab
     _sources[dispatcher] = frozenset({function.__code__.co_filename}).union(*filter(None, others))
     cache = dispatcher._cache
     # By itself, the cache is as old as the function's own file, whatever has changed in those it calls.
-    cache._cache_file._version = [cache._cache_file._version, *map(_digest, sorted(_sources[dispatcher]))]
+    stamp = [numba.__version__, *map(_digest, sorted(_sources[dispatcher]))]
+    cache._cache_file = _FileASignature(cache._cache_path, cache._impl.filename_base, stamp)
     load = cache.load_overload
 
     def load_or_tell(signature: Any, context: Any) -> Any:
@@ -84,6 +87,43 @@ def _compiled(function: Callable[Parameters, Result], **options: bool) -> Callab
 
     dispatcher.compile = compile_at_once
     return cast(Callable[Parameters, Result], dispatcher)
+
+
+_CacheFile: Any = IndexDataCacheFile
+
+
+class _FileASignature(_CacheFile):  # type: ignore[misc]
+    """Keeps what was compiled for each signature in a file of its own.
+
+    By themselves, these files are numbered in an index. Two processes that compile at the same time overwrite it for
+    one another, and a later one is handed what was compiled for other arguments.
+    """
+
+    def __init__(self, folder: str, base: str, stamp: Sequence[str]) -> None:
+        super().__init__(folder, base, stamp)
+        self._prefix = f"{base}.{_short_digest(stamp)}"
+        self._older = re.compile(rf"{re.escape(base)}\.[0-9a-f]+\.[0-9a-f]+\.nbc")
+
+    def save(self, key: Any, data: Any) -> None:
+        """Keep what was compiled for a signature; what was made from other sources goes."""
+        self._save_data(self._name(key), data)
+        for file in Path(self._cache_path).iterdir():
+            if self._older.fullmatch(file.name) and not file.name.startswith(self._prefix):
+                file.unlink(missing_ok=True)
+
+    def load(self, key: Any) -> Any:
+        """Return what was compiled for a signature; None where there is nothing yet."""
+        try:
+            return self._load_data(self._name(key))
+        except OSError:
+            return None
+
+    def _name(self, key: Any) -> str:
+        return f"{self._prefix}.{_short_digest(key)}.nbc"
+
+
+def _short_digest(told: object) -> str:
+    return hashlib.sha256(repr(told).encode()).hexdigest()[:16]
 
 
 @contextmanager

@@ -54,6 +54,20 @@ def test_what_was_compiled_is_kept_until_a_file_that_it_is_made_from_changes(tot
     assert total(20) == (86, False)
 
 
+def test_signatures_compiled_at_the_same_time_are_not_mixed_up(total, tmp_path):
+    """Each process has looked what there is before the other has kept anything."""
+    total(10)
+    cache = importlib.import_module("caller_file").whole._cache._cache_file
+    others = [type(cache)(cache._cache_path, "both", ["stamp"]) for _ in range(2)]
+    for key, other in zip(("int32", "float64"), others, strict=True):
+        assert other.load(key) is None
+    for key, other in zip(("int32", "float64"), others, strict=True):
+        other.save(key, f"for {key}")
+    assert [others[0].load(key) for key in ("int32", "float64")] == ["for int32", "for float64"]
+    type(cache)(cache._cache_path, "both", ["newer"]).save("int32", "anew")
+    assert others[0].load("int32") is None
+
+
 def test_compiling_is_told_once(total, caplog):
     caplog.set_level(logging.INFO, logger="kcomplex")
     compiled._tell_once.cache_clear()
