@@ -371,6 +371,12 @@ class Weights(Closing, Mapping[str, TensorHandle]):
         include, exclude = as_patterns(include), as_patterns(exclude)
         for pattern in include:
             if not any(_matches(handle, (pattern,)) for handle in self.values()):
+                left_out = [item for item in self.skipped if item.role in ROLES and fnmatchcase(item.name, pattern)]
+                if left_out:
+                    raise WeightsError(
+                        f"{self.source}: {pattern!r} matches {left_out[0].name!r}, which has the role "
+                        f"{left_out[0].role!r} and is left out: count that too (--count {left_out[0].role})"
+                    )
                 raise WeightsError(f"{self.source}: no tensor matches {pattern!r}; there are {self._some_names()}")
         if trainable is not None and any(handle.trainable is None for handle in self.values()):
             raise WeightsError(f"{self.source}: a file doesn't say what is trainable; select by name instead")

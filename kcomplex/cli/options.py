@@ -20,7 +20,9 @@ Exclude: TypeAlias = Annotated[list[str] | None, typer.Option(metavar="GLOB", he
 Root: TypeAlias = Annotated[str, typer.Option(metavar="KEY", help="the place of the network in a file: model.encoder")]
 Count: TypeAlias = Annotated[
     list[str] | None,
-    typer.Option(metavar="ROLE", help="count buffer, mask, constant, latent, copy, optimiser or all, too; repeat it"),
+    typer.Option(
+        metavar="ROLE", help="count buffer, mask, constant, latent, copy, optimiser, packed or all, too; repeat it"
+    ),
 ]
 Skip: TypeAlias = Annotated[
     list[str] | None, typer.Option(metavar="ROLE", help="leave out bias, norm or statistic; repeat it")

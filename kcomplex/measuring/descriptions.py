@@ -41,7 +41,7 @@ class Descriptions(tuple[Description, ...]):
 
     def to_json(self) -> str:
         """Return the headlines, parts, tensors and skipped tensors as JSON."""
-        return json.dumps([_plain(item) for item in self], indent=2)
+        return json.dumps([_plain(item) for item in self], indent=2, allow_nan=False)
 
 
 def _plain(description: Description) -> dict[str, Any]:
@@ -57,7 +57,7 @@ def _plain(description: Description) -> dict[str, Any]:
                 "raw_bits": tensor.raw_bits,
                 "value": _json_number(tensor.value),
                 "parts": dict(tensor.parts),
-                "mse": None if description.lossless is None else tensor.distortion,
+                "mse": None if description.lossless is None else _json_number(tensor.distortion),
                 "exact": None if description.lossless is None else tensor.exact,
                 "same_as": tensor.same_as or None,
             }

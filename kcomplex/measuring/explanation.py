@@ -125,7 +125,10 @@ def explain(
             if decoded is not None and label not in floors:
                 named = _named(progress, label)
                 # What is the same as an earlier tensor has nothing left to be told.
-                distinct = Weights(decoded[name] for name in distinct_weights(weights).weights)
+                alike = (
+                    distinct_weights(weights) if decoded is weights else distinct_weights(weights, estimator.quantises)
+                )
+                distinct = Weights(decoded[name] for name in alike.weights)
                 floors[label] = tuple(for_each_tensor(tensor_floor, distinct, jobs, named))
             shuffled = None
             if shuffle is not None:

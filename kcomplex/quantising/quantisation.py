@@ -20,7 +20,7 @@ from kcomplex.machine.parallel import thread_count
 from kcomplex.quantising.step_search import DEFAULT_ESTIMATOR, EVALUATIONS, WITHIN, Steps
 from kcomplex.quantising.step_trials import Evaluate, Progress, Trials
 from kcomplex.sources.open import Choices, Source, opened
-from kcomplex.weights import Weights
+from kcomplex.weights import Weights, as_patterns
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -175,7 +175,7 @@ def quantise(
     code = _searchable(estimator)
     _check_wishes(mse, bits, evaluate, within, evaluations)
     thread_count(jobs)
-    choices: Choices = {"root": root, "count": count, "skip": skip}
+    choices: Choices = {"root": root, "count": as_patterns(count), "skip": as_patterns(skip)}
     with opened(source, partial, **choices) as weights:
         # Before the search, which takes long.
         output_path(path, source, weights.source)

@@ -8,7 +8,8 @@ computed here as PyTorch does, so that both give the same number.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from functools import partial
 from typing import NamedTuple
 
@@ -36,18 +37,26 @@ class Folded(NamedTuple):
 def fold(weights: Weights) -> Folded:
     """Return the products of latent tensors that weights hold; a product that is stored as well isn't computed."""
     by_name = {name: handle for handle in weights.values() for name in (handle.name, *handle.aliases)}
-    keyed = []
-    stored_as = {}
-    for name in by_name:
-        for product, stored, compute in _products(name, by_name):
-            handles = [by_name[item] for item in stored]
-            original = handles[0]
-            read = partial(_read, compute, handles)
-            handle = TensorHandle(product, original.shape, original.dtype, read, trainable=original.trainable)
-            keyed.append((tuple(item.name for item in handles), handle))
-            for item in handles:
-                stored_as[item.name] = "mask" if item.name.endswith("_mask") else "latent", product
-    return Folded(merge_shared(keyed), stored_as)
+    stored_as: dict[str, tuple[str, str]] = {}
+    keyed: list[tuple[Hashable, TensorHandle]] = []
+    chains = Counter(match["chain"] for match in map(_CHAIN.match, by_name) if match)
+    found: dict[str, TensorHandle] | None = None
+    # What is computed may be the latent tensor of something else: a pruned direction of a normalised weight.
+    while found is None or found:
+        found = {}
+        for name in by_name:
+            for product, stored, compute in _products(name, by_name, chains):
+                handles = [by_name[item] for item in stored]
+                original, read = handles[0], partial(_read, compute, handles)
+                found[product] = TensorHandle(
+                    product, original.shape, original.dtype, read, trainable=original.trainable
+                )
+                keyed.append((tuple(item.name for item in handles), found[product]))
+                for item in handles:
+                    stored_as[item.name] = "mask" if item.name.endswith("_mask") else "latent", product
+        by_name |= found
+    computed = [handle for handle in merge_shared(keyed) if handle.name not in stored_as]
+    return Folded(computed, stored_as)
 
 
 def _read(compute: Callable[..., torch.Tensor], handles: list[TensorHandle]) -> torch.Tensor:
@@ -58,7 +67,7 @@ def _read(compute: Callable[..., torch.Tensor], handles: list[TensorHandle]) -> 
 _Product = tuple[str, tuple[str, ...], Callable[..., torch.Tensor]]
 
 
-def _products(name: str, by_name: dict[str, TensorHandle]) -> Iterator[_Product]:
+def _products(name: str, by_name: dict[str, TensorHandle], chains: Mapping[str, int]) -> Iterator[_Product]:
     """Yield the product that a tensor is the original of: its name, the stored names, and how it is computed."""
     for pattern, product, others, compute in _FORMS:
         match = pattern.fullmatch(name)
@@ -68,6 +77,9 @@ def _products(name: str, by_name: dict[str, TensorHandle]) -> Iterator[_Product]
         names = (name, *(other.format(**parts) for other in others))
         target = product.format(**parts)
         if target in by_name or not all(item in by_name for item in names):
+            continue
+        # Where several parametrisations stand in a row, a file doesn't say what the others do.
+        if chains.get(parts.get("chain", ""), 0) > len(names):
             continue
         made = compute(*(by_name[item].shape for item in names))
         if made is not None:
@@ -124,20 +136,22 @@ def _divided(
 
 # Of each form: the original's name, the product's, those of what else is stored, and what makes the computation of
 # their shapes; nothing where these don't fit.
+_CHAIN = re.compile(r"(?P<chain>(?P<module>(.*\.)?)parametrizations\.(?P<name>[^.]+)\.)", re.DOTALL)
 _FORMS = (
     (re.compile(r"(?P<stem>.*)_orig", re.DOTALL), "{stem}", ("{stem}_mask",), _masked),
     (re.compile(r"(?P<stem>.*)_orig", re.DOTALL), "{stem}", ("{stem}_u", "{stem}_v"), _divided),
-    (re.compile(r"(?P<stem>.*)_v", re.DOTALL), "{stem}", ("{stem}_g",), _normalised),
+    # Other tensors end in the same letters: those of RWKV are no latent ones.
+    (re.compile(r"(?P<stem>(.*\.)?weight[^.]*)_v", re.DOTALL), "{stem}", ("{stem}_g",), _normalised),
     (
-        re.compile(r"(?P<module>(.*\.)?)parametrizations\.(?P<name>[^.]+)\.original1", re.DOTALL),
+        re.compile(f"{_CHAIN.pattern}original1", re.DOTALL),
         "{module}{name}",
-        ("{module}parametrizations.{name}.original0",),
+        ("{chain}original0",),
         _normalised,
     ),
     (
-        re.compile(r"(?P<module>(.*\.)?)parametrizations\.(?P<name>[^.]+)\.original", re.DOTALL),
+        re.compile(f"{_CHAIN.pattern}original", re.DOTALL),
         "{module}{name}",
-        ("{module}parametrizations.{name}.0._u", "{module}parametrizations.{name}.0._v"),
+        ("{chain}0._u", "{chain}0._v"),
         _divided,
     ),
 )

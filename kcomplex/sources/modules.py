@@ -31,9 +31,12 @@ def module_weights(module: nn.Module) -> Weights:
         if "parametrizations" in prefix.split("."):
             continue
         dot = f"{prefix}." if prefix else ""
-        latent: set[str] = set()
-        for name, makers, originals, read in _computed(part):
-            latent |= originals.keys()
+        computed = list(_computed(part))
+        # What is computed may be the latent tensor of something else: a pruned direction of a normalised weight.
+        latent = {name for _, _, originals, _ in computed for name in originals}
+        for name, makers, originals, read in computed:
+            if name in latent:
+                continue
             trainable = any(original.requires_grad for original in originals.values())
             # Computed the same way from the same originals, it is the same tensor in every module that has it.
             key = tuple(map(id, (*makers, *originals.values())))

@@ -18,7 +18,7 @@ EVERYTHING = "all"
 
 _STATISTICS = {
     *("running_mean", "running_var", "num_batches_tracked", "moving_mean", "moving_variance", "moving_var"),
-    *("n_averaged", "min_val", "max_val", "cluster_size", "initted", "num_updates", "decay"),
+    *("n_averaged", "min_val", "max_val", "cluster_size"),
 }
 _CONSTANTS = {
     *("position_ids", "token_type_ids", "inv_freq", "original_inv_freq", "relative_position_index"),
@@ -27,13 +27,18 @@ _CONSTANTS = {
 _OPTIMISER_STATE = {
     *("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "momentum_buffer", "square_avg", "acc_delta", "grad_avg"),
 }
-_OPTIMISER = re.compile(r"(optim(i[sz]er)?(_state(_dict)?)?s?|lr_scheduler|grad_scaler)", re.IGNORECASE)
-_MASK = re.compile(r"(.*[_.])?((causal|attn|attention|padding|pruning)_?mask|masked_bias|tril)", re.DOTALL)
-_NORM = re.compile(r"((.*_)?(layer|batch|group|instance|rms)?_?norm(\d+|_.*)?|(.*_)?(ln|bn)(\d+|_.*)?)", re.IGNORECASE)
-# A copy of the network that is averaged while it trains, or lags behind it.
-_COPY = re.compile(
-    r"(.*_)?ema(_.*)?|shadow(_.*)?|averaged_model|teacher|momentum_encoder|encoder_k|target_(net|network|encoder)"
+_MASK = re.compile(r"((causal|attn|attention|padding|pruning)_?mask|masked_bias|tril)")
+_NORM = re.compile(r"(.*_)?((layer|batch|group|instance|rms)?_?norm|ln|bn)(\d+|_.*)?", re.IGNORECASE)
+# What a copy of the network is called that is averaged while it trains, or lags behind it.
+COPY = re.compile(
+    r"(model|net|params|state_dict|swa)_ema|ema(_(model|net|params|state_dict))?|swa(_model)?|shadow(_params)?"
+    r"|averaged_model|teacher|momentum_encoder|encoder_k|target_(net|network)",
+    re.IGNORECASE,
 )
+# A single layer may be called so, too; a copy has the tensors of a network.
+_FEWEST_COPIES = 4
+# More aren't looked for: names of a hostile file could take hours.
+_MOST_COPIES = 64
 
 
 def with_roles(weights: Weights, count: Collection[str] = (), skip: Collection[str] = ()) -> Weights:
@@ -56,21 +61,22 @@ def with_roles(weights: Weights, count: Collection[str] = (), skip: Collection[s
     folded = fold(weights)
     copies = _copies(weights.values())
     norms = _norm_modules(weights.values())
+    computed = () if "latent" in counted else folded.computed
     tensors: list[TensorHandle] = []
     skipped = list(weights.skipped)
-    computed = () if "latent" in counted else folded.computed
     for handle in (*weights.values(), *computed):
-        role, other = folded.stored.get(handle.name, ("", ""))
-        if handle.name in copies:
-            role, other = "copy", copies[handle.name]
-        elif handle.role != "weight":
+        role, product = folded.stored.get(handle.name, ("", ""))
+        if handle.role != "weight":
             role = handle.role
+        elif handle.name in copies:
+            role = "copy"
         told = replace(handle, role=role or _role(handle, norms))
         if told.role in counted:
             tensors.append(told)
+        elif product and computed:
+            skipped.append(SkippedTensor.of(told, "folded into", told.role, product))
         else:
-            reason = "folded into" if other and role != "copy" else _WHY[told.role]
-            skipped.append(SkippedTensor.of(told, reason, told.role, other))
+            skipped.append(SkippedTensor.of(told, _WHY[told.role], told.role, copies.get(handle.name, "")))
     wishes = [*(f"count={role}" for role in count), *(f"skip={role}" for role in skip)]
     return weights.with_tensors(tensors, skipped, ",".join(filter(None, (weights.selection, *wishes))))
 
@@ -101,54 +107,76 @@ def _counted(count: Collection[str], skip: Collection[str]) -> set[str]:
 def _role(handle: TensorHandle, norms: Collection[str]) -> str:
     """Return the role of a tensor that is neither latent nor a copy."""
     *path, leaf = handle.name.split(".")
-    module = ".".join(path)
-    dimensions = len(handle.shape)
-    if leaf in _OPTIMISER_STATE or any(_OPTIMISER.fullmatch(part) for part in path[:1]):
-        return "optimiser"
+    shape, dimensions = handle.shape, len(handle.shape)
+    vector = dimensions <= 1
     if leaf in _STATISTICS or (not dimensions and not handle.dtype.is_floating_point):
         return "statistic"
-    if leaf in _CONSTANTS:
-        return "constant"
-    # GPT-2 calls the mask of its attention a bias, others a mask: one square for all sequences and heads.
-    square = dimensions == 4 and handle.shape[:2] == (1, 1) and handle.shape[2] == handle.shape[3] > 1
-    if _MASK.fullmatch(leaf) or (square and leaf in ("bias", "mask")):
-        return "mask"
-    if (module in norms and dimensions == 1) or (path and _NORM.fullmatch(path[-1]) and leaf in ("weight", "bias")):
+    if not handle.trainable:
+        # What is trained is no such thing, whatever it is called.
+        if leaf in _OPTIMISER_STATE:
+            return "optimiser"
+        if leaf in _CONSTANTS:
+            return "constant"
+        # GPT-2 calls the mask of its attention a bias, others a mask: one square, alone or for all sequences and heads.
+        square = dimensions >= 2 and shape[-2] == shape[-1] > 1 and set(shape[:-2]) <= {1}
+        if _MASK.fullmatch(leaf) or (square and (leaf == "mask" or (leaf == "bias" and dimensions == 4))):
+            return "mask"
+    in_norm = ".".join(path) in norms or (path and vector and _NORM.fullmatch(path[-1]))
+    if (in_norm and leaf in ("weight", "bias", "scale")) or (vector and leaf in ("gamma", "beta")):
         return "norm"
-    if leaf in ("gamma", "beta") and dimensions <= 1:
-        return "norm"
-    if dimensions <= 1 and (leaf.startswith("bias") or leaf.endswith("bias")):
-        return "bias"
-    return "weight"
+    return "bias" if vector and (leaf.startswith("bias") or leaf.endswith("bias")) else "weight"
 
 
 def _norm_modules(handles: Iterable[TensorHandle]) -> set[str]:
-    """Return the modules whose weight is a vector, as those that normalise have it, or that have running statistics."""
-    found = set()
+    """Return the modules that normalise: their weight is a vector, or has the shape of their bias."""
+    shapes: dict[str, dict[str, tuple[int, ...]]] = {}
     for handle in handles:
         for name in (handle.name, *handle.aliases):
             module, dot, leaf = name.rpartition(".")
-            if dot and ((leaf == "weight" and len(handle.shape) == 1) or leaf == "running_var"):
-                found.add(module)
-    return found
+            if dot and leaf in ("weight", "bias", "running_var"):
+                shapes.setdefault(module, {})[leaf] = handle.shape
+    return {
+        module
+        for module, held in shapes.items()
+        if "running_var" in held
+        or ("weight" in held and (len(held["weight"]) == 1 or held["weight"] == held.get("bias")))
+    }
 
 
 def _copies(handles: Iterable[TensorHandle]) -> dict[str, str]:
-    """Return the tensors under a name of a copy, and what they are copies of, where the network stands beside."""
-    own: dict[tuple[str, tuple[int, ...]], str] = {}
-    groups: dict[str, list[tuple[TensorHandle, str]]] = {}
-    for handle in handles:
-        path = handle.name.split(".")
-        at = next((at for at, part in enumerate(path[:3]) if _COPY.fullmatch(part)), None)
-        if at is not None and len(path) > at + 1:
-            groups.setdefault(".".join(path[: at + 1]), []).append((handle, "".join(path[at + 1 :])))
+    """Return the tensors of copies of the network, and what they are copies of, where that stands beside them.
+
+    What is called as a copy (``model_ema``, or ``generator_ema`` beside ``generator``) is one where most of its tensors
+    have the names, but for the dots, and shapes of most tensors at one other place.
+    """
+    paths = [(handle, handle.name.split(".")) for handle in handles]
+    parts = {tuple(path[: at + 1]) for _, path in paths for at in range(min(len(path) - 1, 2))}
+    groups: dict[tuple[str, ...], dict[tuple[str, tuple[int, ...]], TensorHandle]] = {}
+    others: dict[tuple[str, ...], dict[tuple[str, tuple[int, ...]], str]] = {}
+    for handle, path in paths:
+        places = [tuple(path[:at]) for at in range(min(len(path), 4))]
+        root = next((place for place in places[1:3] if _is_called_copy(place, parts)), None)
+        if root is not None:
+            groups.setdefault(root, {})["".join(path[len(root) :]), handle.shape] = handle
             continue
-        for start in range(min(len(path), 4)):
-            own.setdefault(("".join(path[start:]), handle.shape), handle.name)
+        for place in places:
+            others.setdefault(place, {})["".join(path[len(place) :]), handle.shape] = handle.name
     copies: dict[str, str] = {}
-    for group in groups.values():
-        pairs = [own.get((rest, handle.shape)) for handle, rest in group]
-        # Beside the copies of tensors there may be a few of its own: how often it was averaged, and with what decay.
-        if 2 * sum(pair is not None for pair in pairs) > len(pairs):
-            copies |= {handle.name: pair or "the network" for (handle, _), pair in zip(group, pairs, strict=True)}
+    for group in list(groups.values())[:_MOST_COPIES]:
+        for other in others.values():
+            if not len(group) < 2 * len(other) < 4 * len(group):
+                continue
+            pairs = {key: other[key] for key in group if key in other}
+            if len(pairs) >= _FEWEST_COPIES and 2 * len(pairs) > max(len(group), len(other)):
+                # Beside the copies there may be a few tensors of its own: how often it was averaged, and how.
+                copies |= {handle.name: pairs.get(key, "the network") for key, handle in group.items()}
+                break
     return copies
+
+
+def _is_called_copy(place: tuple[str, ...], parts: Collection[tuple[str, ...]]) -> bool:
+    *above, name = place
+    if COPY.fullmatch(name):
+        return True
+    original = re.sub(r"^ema_|_ema$", "", name, flags=re.IGNORECASE)
+    return original != name and (*above, original) in parts

@@ -69,6 +69,16 @@ def spectral_normed() -> nn.Module:
     return model
 
 
+def pruned_direction() -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        layer = nn.utils.weight_norm(nn.Linear(6, 5))
+    prune.l1_unstructured(layer, "weight_v", 0.5)
+    layer(torch.ones(1, 6))
+    layer(torch.ones(1, 6))
+    return layer
+
+
 def batch_normed() -> nn.Module:
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
     model(torch.randn(4, 3, 8, 8))
@@ -81,6 +91,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "spectral-normed": spectral_normed,
     "batch-normed": batch_normed,
     "attention": Attention,
+    "pruned direction": pruned_direction,
     "parallel": lambda: nn.DataParallel(batch_normed()),
     "averaged": lambda: AveragedModel(batch_normed()),
     "compiled": lambda: torch.compile(batch_normed(), backend="eager"),  # type: ignore[return-value]
@@ -159,6 +170,9 @@ def test_roles_by_name_and_shape() -> None:
             "h.0.attn.bias": torch.ones(1, 1, 8, 8),
             "h.0.attn.mask": torch.ones(1, 1, 8, 8),
             "layer.attn_mask": torch.ones(2, 5, 5),
+            "att.mask": torch.ones(6, 6),
+            "norm.weight": torch.ones(2, 3),
+            "norm.bias": torch.ones(2, 3),
             "embeddings.position_ids": torch.arange(7),
             "rotary_emb.inv_freq": torch.ones(4),
             "optimizer.0.exp_avg": torch.ones(4),
@@ -177,6 +191,9 @@ def test_roles_by_name_and_shape() -> None:
         "h.0.attn.bias": "(mask)",
         "h.0.attn.mask": "(mask)",
         "layer.attn_mask": "(mask)",
+        "att.mask": "(mask)",
+        "norm.weight": "norm",
+        "norm.bias": "norm",
         "embeddings.position_ids": "(constant)",
         "rotary_emb.inv_freq": "(constant)",
         "optimizer.0.exp_avg": "(optimiser)",
@@ -184,20 +201,55 @@ def test_roles_by_name_and_shape() -> None:
     }
 
 
-@pytest.mark.parametrize(("prefix", "dots"), [("ema.", True), ("model_ema.", False), ("teacher.", True)])
+@pytest.mark.parametrize(
+    ("prefix", "dots"), [("ema.", True), ("model_ema.", False), ("teacher.", True), ("net_ema.", True)]
+)
 def test_an_averaged_copy_beside_its_network_is_left_out(prefix: str, dots: bool) -> None:
-    network = {f"net.{part}.weight": torch.ones(3, 2) for part in "abc"}
+    network = {f"net.{part}.weight": torch.ones(3, 2) for part in "abcd"}
     names = {name: name.removeprefix("net.") for name in network}
     copies = {prefix + (rest if dots else rest.replace(".", "")): torch.zeros(3, 2) for rest in names.values()}
     told = roles({**network, **copies, f"{prefix}decay": torch.tensor(0.99)})
     assert {name for name, role in told.items() if role == "(copy)"} == {*copies, f"{prefix}decay"}
     # Alone, it is the network.
     assert set(roles(copies).values()) == {"weight"}
+    assert set(kc.open_weights({**network, **copies}, count="copy")) == {*network, *copies}
+
+
+LAYERS = (
+    *("encoder_q", "encoder_k", "encoder_v", "ema_gate", "ema_proj", "shadow_encoder", "image_encoder", "optimizer"),
+    *("teacher_head", "student_head", "target_encoder", "source_encoder", "mask_head", "scheduler", "init_block"),
+    *("norm_proj", "ln_proj", "upsampler", "score", "loss_weights", "last_block", "previous", "running"),
+)
+
+
+def test_layers_with_unlucky_names_are_weights() -> None:
+    network = {f"{prefix}{name}.weight": torch.ones(3, 2) for name in LAYERS for prefix in ("", "attn.", "blocks.0.")}
+    assert set(roles(network).values()) == {"weight"}
+    # Tensors of other networks that end as those of weight normalisation do.
+    rwkv = {f"blocks.0.att.{name}_{end}": torch.ones(1, 1, 8) for name in ("x", "time_maa") for end in "vg"}
+    decay = {"ssm.decay": torch.ones(8, 8), "emb.weight": torch.ones(8), "emb.table": torch.ones(8)}
+    assert roles({**rwkv, **decay}) == {**dict.fromkeys((*rwkv, *decay), "weight"), "emb.weight": "norm"}
+
+
+def test_what_is_trained_is_a_weight_whatever_it_is_called() -> None:
+    model = nn.Module()
+    model.inv_freq, model.attn_mask = nn.Parameter(torch.ones(8)), nn.Parameter(torch.ones(4, 4))
+    assert {handle.role for handle in kc.open_weights(model).values()} == {"weight"}
+    assert {item.role for item in kc.open_weights(model.state_dict()).skipped} == {"constant", "mask"}
+
+
+def test_parametrisations_in_a_row_are_not_folded_in_a_file() -> None:
+    layer = parametrizations.spectral_norm(nn.Linear(4, 3))
+    nn.utils.parametrize.register_parametrization(layer, "weight", nn.Linear(4, 4, bias=False))
+    assert "parametrizations.weight.original" in kc.open_weights(layer.state_dict())
+    assert set(kc.open_weights(layer)) == {"weight", "bias"}
 
 
 def test_roles_are_chosen_by_name() -> None:
     tensors = {"a.weight": torch.ones(3, 3), "a.bias": torch.ones(3), "attn_mask": torch.ones(3, 3)}
     assert set(kc.open_weights(tensors, skip="bias")) == {"a.weight"}
+    with pytest.raises(WeightsError, match="role 'mask' and is left out: count that"):
+        kc.open_weights(tensors, include="attn*")
     assert set(kc.open_weights(tensors, count="mask")) == {"a.weight", "a.bias", "attn_mask"}
     assert set(kc.open_weights(tensors, count="mask", skip="all")) == {"attn_mask"}
     assert kc.describe(tensors, "zstd", skip="bias")[0].selection == "skip=bias"
