@@ -45,6 +45,8 @@ _LAYOUT: dict[torch.dtype, tuple[int, int]] = {
     torch.complex128: (8, 2),
 }
 DTYPES: dict[str, torch.dtype] = {str(dtype).removeprefix("torch."): dtype for dtype in _LAYOUT}
+# Bits of the dtypes that files have and torch has none for.
+OTHER_BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
 
 # What a tensor is to the network. The first are counted unless somebody says otherwise, the others are not.
 COUNTED = ("weight", "bias", "norm", "statistic")
@@ -233,8 +235,8 @@ class SkippedTensor:
     @property
     def nbytes(self) -> int:
         """Raw size in bytes as far as that is known."""
-        width, words = _LAYOUT[DTYPES[self.dtype]] if self.dtype in DTYPES else (0, 0)
-        return self.elements * width * words
+        bits = 8 * DTYPES[self.dtype].itemsize if self.dtype in DTYPES else OTHER_BITS.get(self.dtype, 0)
+        return -(-self.elements * bits // 8)
 
 
 @dataclass(frozen=True)

@@ -80,7 +80,7 @@ class _Scheme(NamedTuple):
 def _gptq(base: str, weights: _All) -> _Unpacked:
     """GPTQ packs along the rows, AWQ along the columns; zero points tell how many bits a code has."""
     words, zeros, scales = (weights[f"{base}{part}"] for part in ("qweight", "qzeros", "scales"))
-    if {len(handle.shape) for handle in (words, zeros, scales)} != {2} or words.dtype != torch.int32:
+    if {len(handle.shape) for handle in (words, zeros, scales)} != {2} or {words.dtype, zeros.dtype} != {torch.int32}:
         return None
     columns = scales.shape[1]
     bits = next((bits for bits in _BITS if zeros.shape[1] * 32 == columns * bits), 0)
@@ -95,9 +95,14 @@ def _compressed_tensors(base: str, weights: _All) -> _Unpacked:
     words, shape = weights[f"{base}weight_packed"], weights[f"{base}weight_shape"]
     if len(words.shape) != 2 or words.dtype != torch.int32 or shape.shape != (2,):
         return None
-    rows, columns = (int(size) for size in shape.read().tolist())
-    bits = next((bits for bits in _BITS if -(-columns * bits // 32) == words.shape[1]), 0)
-    return _told(_codes(words, bits, 1, shape=(rows, columns))) if bits and rows == words.shape[0] else None
+    if shape.dtype not in (torch.int32, torch.int64):
+        return None
+    rows, columns = shape.read().tolist()
+    # Few columns may fit into as many words at several widths.
+    fitting = [bits for bits in _BITS if -(-columns * bits // 32) == words.shape[1]]
+    if len(fitting) != 1 or rows != words.shape[0]:
+        return None
+    return _told(_codes(words, fitting[0], 1, shape=(rows, columns)))
 
 
 def _bitsandbytes(words: TensorHandle, state: TensorHandle) -> _Unpacked:

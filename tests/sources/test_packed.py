@@ -100,6 +100,20 @@ def test_packed_codes_come_out_one_an_element(tmp_path: Path, scheme: str) -> No
         {"a.qweight": pack(CODES, 0)[:3], "a.qzeros": pack(CODES[:4], 1), "a.scales": torch.ones(4, 7)},
         {"a.W_q": halves(CODES, False), "a.scale": torch.ones(4)},
         {"a.codes": torch.ones(3, 4, dtype=torch.int8), "a.codebooks": torch.ones(3)},
+        *(
+            {"a.qweight": pack(CODES, 0), "a.qzeros": pack(CODES[:4], 1).to(dtype), "a.scales": torch.ones(4, 32)}
+            for dtype in (torch.float32, torch.uint32)
+        ),
+        *(
+            {"a.weight_packed": pack(CODES, 1), "a.weight_scale": torch.ones(64, 1), "a.weight_shape": shape}
+            for shape in (torch.full((2,), torch.nan), torch.tensor([64, -32]), torch.tensor([True, False]))
+        ),
+        # Four columns in a word may have 2, 4 or 8 bits.
+        {
+            "a.weight_packed": torch.ones(64, 1, dtype=torch.int32),
+            "a.weight_scale": torch.ones(64, 1),
+            "a.weight_shape": torch.tensor([64, 4]),
+        },
         {"w": torch.ones(8, 1, dtype=torch.uint8), "w.quant_state.bitsandbytes__nf4": torch.ones(3, dtype=torch.uint8)},
     ],
 )

@@ -28,6 +28,7 @@ def test_dtypes_that_cant_be_measured_are_skipped_with_a_reason(tmp_path: Path, 
             ("four", "dtype F4 isn't supported", (4,), "F4"),
             ("six", "dtype F6_E2M3 isn't supported", (4,), "F6_E2M3"),
         ]
+        assert (weights.coverage.nbytes, weights.coverage.of_bytes) == (3, 8)
 
 
 def test_a_sparse_file_opens_without_reading(tmp_path: Path, hostile_module: ModuleType) -> None:

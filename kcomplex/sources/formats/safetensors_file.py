@@ -20,7 +20,7 @@ from kcomplex.sources.formats.content import MAX_HEADER_BYTES, kind_of
 from kcomplex.sources.formats.guard import Refused, check_distinct, check_shape, guarded
 from kcomplex.sources.formats.stored_file import StoredFile
 from kcomplex.sources.state_dicts import below
-from kcomplex.weights import SkippedTensor, TensorHandle, Weights, dtype_name
+from kcomplex.weights import OTHER_BITS, SkippedTensor, TensorHandle, Weights, dtype_name
 
 _DTYPES = {
     "BOOL": torch.bool,
@@ -45,8 +45,6 @@ _DTYPES = {
 }
 # What stands beside the tensors in a header, under a name that none of them can have.
 _METADATA = "__metadata__"
-# Bits of the dtypes that torch has none for.
-_OTHER_BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
 
 
 class SafetensorsFile:
@@ -81,9 +79,9 @@ class SafetensorsFile:
                     end = last
                     shape, code = tuple(entry["shape"]), entry["dtype"]
                     check_shape(shape)
-                    if code not in _DTYPES and code not in _OTHER_BITS:
+                    if code not in _DTYPES and code not in OTHER_BITS:
                         raise Refused(f"its dtype {code!r:.50} isn't known")
-                    bits = _OTHER_BITS.get(code) or 8 * _DTYPES[code].itemsize
+                    bits = OTHER_BITS.get(code) or 8 * _DTYPES[code].itemsize
                     if 8 * (last - first) != bits * math.prod(shape):
                         raise Refused(f"{last - first:,} bytes aren't what shape {shape} of {code} takes")
                 if code in _DTYPES:
