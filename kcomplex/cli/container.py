@@ -41,6 +41,7 @@ def encode(
     from kcomplex.kcz import container
     from kcomplex.sources.open import open_weights
 
+    options.check_container(output)
     choices = options.choices(include, exclude, root, count, skip)
     with open_weights(path, **choices) as weights, _progress("encoding", weights.nbytes) as (bar, task):
         size = container.encode(
@@ -106,8 +107,10 @@ def verify(
     if original is not None:
         told += f"; {total - inexact} of {total} tensors are those of {original}, bit for bit"
     if inexact:
-        told += f"; {inexact} of {total} are quantised, with a mean squared error of {error:.6g} over all weights"
-        told += ", which they have from the original" if original is not None else ", as the file says"
+        told += (
+            f"; {inexact} of {total} are quantised, with a mean squared error of {error:.6g} averaged over all weights"
+        )
+        told += ", as compared with the original" if original is not None else ", as the file says"
     tell(told)
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeAlias
 
 import typer
 
 from kcomplex.cli.output import GIVEN
+from kcomplex.errors import SpecError
 
 if TYPE_CHECKING:
     from kcomplex.sources.open import Choices
@@ -31,6 +33,22 @@ Partial: TypeAlias = Annotated[bool, typer.Option("--partial", help="measure wha
 Jobs: TypeAlias = Annotated[
     int, typer.Option("--jobs", "-j", help="threads, -1 for one a core; no result depends on it")
 ]
+
+
+# No reader of these would take what encode and quantise write.
+_CHECKPOINTS = (".safetensors", ".pt", ".pth", ".ckpt", ".bin", ".npz", ".npy")
+
+
+def check_container(path: Path) -> None:
+    """Refuse the name of a checkpoint for a ``.kcz`` file.
+
+    Raises
+    ------
+    SpecError
+        It has the suffix of another format.
+    """
+    if path.suffix in _CHECKPOINTS:
+        raise SpecError(f"{path}: what is written is no {path.suffix} file: take another name, in .kcz")
 
 
 def choices(include: Include, exclude: Exclude, root: Root, count: Count, skip: Skip) -> Choices:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kcomplex.cli.options import Count, Jobs, Partial, Root, Skip
+from kcomplex.cli.options import Count, Jobs, Partial, Root, Skip, check_container
 from kcomplex.cli.output import OutputFormat, output_format, progress, tell, tell_coverage, write_frame, write_json
 from kcomplex.errors import KComplexError, SpecError
 from kcomplex.quantising.step_search import DEFAULT_ESTIMATOR, EVALUATIONS, WITHIN
@@ -25,8 +25,10 @@ def quantise(
     estimator: Annotated[
         str, typer.Option("--estimator", "-e", metavar="SPEC", help="a quantiser with a step, and a coder")
     ] = DEFAULT_ESTIMATOR,
-    mse: Annotated[float | None, typer.Option(help="at most this mean squared error a weight")] = None,
-    bits: Annotated[float | None, typer.Option(help="at most so many bits a weight, with the least error")] = None,
+    mse: Annotated[float | None, typer.Option(help="at most this mean squared error a quantised weight")] = None,
+    bits: Annotated[
+        float | None, typer.Option(help="at most so many bits a quantised weight, with the least error")
+    ] = None,
     evaluate: Annotated[
         str | None,
         typer.Option(metavar="MODULE:FUNCTION", help="a loss of the state dict that grows by no more than --within"),
@@ -53,6 +55,7 @@ def quantise(
     from kcomplex.quantising import quantisation
     from kcomplex.sources.open import open_weights
 
+    check_container(output)
     shown = output_format(as_json, as_csv)
     function = None if evaluate is None else _imported(evaluate)
     with progress(TextColumn("trial {task.completed}")) as bar:
@@ -90,8 +93,9 @@ def quantise(
     if told.loss is not None:
         loss = f", loss {told.loss:.6g} ({told.baseline:.6g} before, {told.evaluations} evaluations)"
     tell(
-        f"wrote {output}: {told.bits // 8:,} bytes, {told.bits_per_weight:.4f} bits a weight, "
-        f"mean squared error {told.distortion:.6g}{loss}"
+        f"wrote {output}: {told.bits // 8:,} bytes, {told.bits / told.weights:.4f} bits a weight; "
+        f"{told.quantised_weights:,} of {told.weights:,} weights quantised at {told.bits_per_weight:.4f} bits each, "
+        f"with a mean squared error of {told.distortion:.6g}{loss}"
     )
     tell_coverage(coverage)
 

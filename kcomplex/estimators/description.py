@@ -190,7 +190,7 @@ class Description:
             told.append(f"{sum(self.nonfinite.values()):,} weights are NaN or infinite, in {where}")
         same = [tensor.name for tensor in self.tensors if tensor.same_as and tensor.weights > 1]
         if same:
-            told.append(f"{some(same)} cost nothing: the same as earlier tensors")
+            told.append(f"{some(same)} cost next to nothing: the same as earlier tensors")
         folded = [item.name for item in self.skipped if item.folded]
         if folded:
             told.append(f"{some(folded)}: folded into what the network computes with")

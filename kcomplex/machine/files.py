@@ -43,11 +43,6 @@ def output_path(path: object, *sources: object) -> Path:
         return target
     except OSError as error:
         raise _not_written(target, error) from error
-    if stat.S_ISLNK(mode):
-        raise KComplexError(f"{target}: a link isn't written over: give the path that it leads to, or another one")
-    if not stat.S_ISREG(mode):
-        kind = "folder" if stat.S_ISDIR(mode) else "device, pipe or socket"
-        raise KComplexError(f"{target}: a {kind} isn't written over: give the path of a file")
     for source in sources:
         if not isinstance(source, (str, os.PathLike)):
             continue
@@ -55,6 +50,11 @@ def output_path(path: object, *sources: object) -> Path:
         members = (file for file in where.rglob("*") if file.suffix != _OWN_SUFFIX) if _is_folder(where) else ()
         if any(_is_same(target, file) for file in (where, *members)):
             raise KComplexError(f"{target}: writing it would destroy what it is made of: take another name")
+    if stat.S_ISLNK(mode):
+        raise KComplexError(f"{target}: a link isn't written over: give the path that it leads to, or another one")
+    if not stat.S_ISREG(mode):
+        kind = "folder" if stat.S_ISDIR(mode) else "device, pipe or socket"
+        raise KComplexError(f"{target}: a {kind} isn't written over: give the path of a file")
     return target
 
 

@@ -6,6 +6,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextvars import copy_context
 from typing import TypeVar
 
 from kcomplex.errors import SpecError
@@ -49,7 +50,8 @@ def _threaded(function: Callable[[Item], Result], items: Iterable[Item], threads
     finished = False
     try:
         for item in items:
-            waiting.append(pool.submit(function, item))
+            # As the caller would: NumPy's handling of overflow, for one, belongs to a context.
+            waiting.append(pool.submit(copy_context().run, function, item))
             if len(waiting) >= most:
                 yield waiting.popleft().result()
         while waiting:

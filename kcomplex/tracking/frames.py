@@ -63,7 +63,9 @@ def find_runs(path: str | PathLike[str]) -> dict[str, Path]:
     root = Path(path)
     found = sorted(file.parent for file in root.rglob(DATABASE))
     if not found:
-        raise RunError(f"{root}: no run here or below; train with kcomplex.attach(model, optimizer, run={root / 'x'})")
+        where = "no run here or below" if root.exists() else "there is no such folder"
+        example = str(root / "x")
+        raise RunError(f"{root}: {where}; train with kcomplex.attach(model, optimizer, run={example!r})")
     names = (root.resolve().name if run == root else run.relative_to(root).as_posix() for run in found)
     return dict(zip(map(storable, names), found, strict=True))
 

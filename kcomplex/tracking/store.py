@@ -13,7 +13,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
-from kcomplex.errors import RunError
+from kcomplex.errors import KComplexError, RunError
 from kcomplex.machine.closing import Closing
 from kcomplex.tracking.columns import storable
 from kcomplex.tracking.database import check_content, create_database, open_database
@@ -110,7 +110,7 @@ class RunStore(Closing):
         try:
             (folder / SNAPSHOTS).mkdir(parents=True, exist_ok=True)
             create_database(folder / DATABASE, row)
-        except (OSError, sqlite3.Error) as error:
+        except (OSError, sqlite3.Error, KComplexError) as error:
             raise RunError(f"{folder}: the run can't be created: {error}") from error
         return cls(folder)
 

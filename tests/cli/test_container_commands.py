@@ -10,7 +10,10 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from typer.testing import CliRunner
 
+from kcomplex.cli.main import build_app
+from kcomplex.errors import SpecError
 from kcomplex.estimators.code import Code
 from kcomplex.estimators.coder import Coder
 from kcomplex.kcz.container import encode
@@ -147,3 +150,16 @@ def test_decode_and_verify_say_what_they_did(tmp_path: Path, run_all: RunAll, or
     for (code, told), (arguments, expected, text) in zip(run_all([case[0] for case in cases]), cases, strict=True):
         assert (code, text in told) == (expected, True), (arguments, told)
     assert not list(tmp_path.glob("*.safetensors.safetensors"))
+
+
+@pytest.mark.parametrize("command", [("encode",), ("quantise", "--bits", "4")])
+def test_a_container_gets_no_name_of_a_checkpoint(command: tuple[str, ...], tmp_path: Path) -> None:
+    torch.save({"w": torch.ones(3, 4)}, tmp_path / "w.pt")
+    before = (tmp_path / "other.safetensors").write_bytes(b"what somebody trained")
+    name, *wish = command
+    answer = CliRunner().invoke(
+        build_app(), [name, str(tmp_path / "w.pt"), "-o", str(tmp_path / "other.safetensors"), *wish]
+    )
+    assert isinstance(answer.exception, SpecError)
+    assert "no .safetensors file" in str(answer.exception)
+    assert (tmp_path / "other.safetensors").stat().st_size == before
