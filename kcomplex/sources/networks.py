@@ -6,10 +6,11 @@ import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
+from os.path import commonprefix
 from typing import Any, NamedTuple
 
 from kcomplex.sources.formats.guard import Refused
-from kcomplex.weights import SkippedTensor
+from kcomplex.weights import ROLES, SkippedTensor
 
 # What a checkpoint's parts are called.
 _NETWORK = re.compile(
@@ -17,21 +18,35 @@ _NETWORK = re.compile(
     r"|state_dict)([_-]?(state|state_?dict|dict|weights|params|sd))?|state",
     re.IGNORECASE,
 )
-_OPTIMISER = re.compile(r"optim|(^|_)opts?($|_)", re.IGNORECASE)
-_TRAINING = re.compile(
-    r"sched|scaler|(^|_)amp($|_)|rng|random_state|callback|loops|hyper_?param|^args$|^config|^cfg|trainer|sampler|loader"
-    r"|metric|history|^meta(data)?$",
+# What a copy of the network is called that is averaged while it trains, or lags behind it.
+COPY = re.compile(
+    r"((model|net|network|params|state_dict|swa)_(ema|swa)|ema(_(model|net|params))?|swa(_model)?|shadow(_params)?"
+    r"|averaged_model|teacher|momentum_encoder|encoder_k|target_(net|network))(_state(_dict)?)?",
     re.IGNORECASE,
 )
-_LOSS = re.compile(r"loss|criterion", re.IGNORECASE)
-_FIGURE = re.compile(r"loss|acc(uracy)?($|_)|iou|score|(^|_)(train|val|valid|test|eval)_|epoch|step", re.IGNORECASE)
-_COPY = re.compile(r"(^|_)(\w*ema|swa|teacher|shadow|polyak|averaged?|avg|running)(_|$)", re.IGNORECASE)
-# What is called so is a copy where it has the shapes of what stands beside it.
-_MAYBE_COPY = re.compile(r"(^|_)(target|best|init|initial|old|previous|last|backup)(_|$)", re.IGNORECASE)
+# What else is called so is a copy, as a whole part of a checkpoint: the names and shapes of a network are asked too.
+_NESTED_COPY = re.compile(
+    r"ema_.+|.+_ema|(best|old|previous|backup)(_(model|net|network|params|weights|state|dict))*|hyper_?param(eter)?s",
+    re.IGNORECASE,
+)
+# What may hold weights of its own beside its state, where it trains in another precision.
+_OPTIMISER = re.compile(r"optim(i[sz]er)?s?(_states?(_dict)?)?|opts?", re.IGNORECASE)
+# What the figures of training are called, among them states of what draws numbers.
+_FIGURE = re.compile(
+    r"((train|training|val|valid|validation|test|eval|best|min|max|global|running)_)*(loss(es)?|criterion|acc(uracy)?\d*"
+    r"|prec(ision)?\d*|recall|m?iou|m?ap|f1|auc|psnr|scores?|metrics?|fitness|epochs?|(global_?)?steps?|iter(ation)?s?"
+    r"|history|lr|learning_rate|(lr_?)?sched(uler)?s?|(grad_?|loss_?)?scaler|amp|rng|random|hyper_?param(eter)?s"
+    r"|args|config|cfg|meta(data)?|callbacks|loops|trainer|(data_?)?(sampler|loader))(_(states?|dict|history))*",
+    re.IGNORECASE,
+)
+_LOSS = re.compile(r"(.*_)?(loss(es)?|criterion)(_.*)?", re.IGNORECASE)
+# The state of torch's random numbers has about five thousand bytes.
+_FIGURE_ELEMENTS = 10_000
 # The same part may be nested many times: a few bytes of a hostile file could name tensors without end.
 _MAX_ENTRIES = 300_000
 _MAX_LETTERS = 100_000_000
 _ROOTS_TOLD = 8
+_NamedShapes = frozenset[tuple[str, tuple[int, ...]]]
 
 
 class Size(NamedTuple):
@@ -54,6 +69,10 @@ class Tree(ABC):
     @abstractmethod
     def shape(self, value: Any) -> tuple[int, ...] | None:
         """Return the shape of a tensor, () where it isn't known; None for anything else."""
+
+    @abstractmethod
+    def is_tensor(self, value: Any) -> bool:
+        """Return whether a value is one tensor, even one that is looked at as its parts."""
 
     def is_module(self, value: Any) -> bool:
         """Return whether a container is one network, whatever its parts are called."""
@@ -78,9 +97,18 @@ class Tree(ABC):
 
 
 class Network(NamedTuple):
-    """A network's entries by their names, and what of the checkpoint was left out."""
+    """A network's entries, and what of the checkpoint was left out.
 
-    entries: dict[str, Any]
+    Attributes
+    ----------
+    entries
+        Value and role by name: what the network holds has the role ``weight``; copies of it and states of optimisers
+        have theirs, and names that begin with their place.
+    skipped
+        Whatever else was left out.
+    """
+
+    entries: dict[str, tuple[Any, str]]
     skipped: list[SkippedTensor]
 
 
@@ -107,6 +135,9 @@ class _Finder:
     def __init__(self, tree: Tree) -> None:
         self._tree = tree
         self._skipped: list[SkippedTensor] = []
+        self._beside: dict[str, tuple[Any, str]] = {}
+        self._optimisers: dict[int, bool] = {}
+        self._named: dict[int, tuple[_NamedShapes, _NamedShapes]] = {}
         self._entries = self._letters = 0
 
     def find(self, value: Any, root: str) -> Network:
@@ -119,7 +150,7 @@ class _Finder:
             raise Refused("the state of an optimiser, and no network: give the file of the network beside it")
         while True:
             module = self._tree.is_module(node)
-            aside = {} if module else self._aside(parts)
+            aside = {} if module or root.endswith(".") else self._aside(parts, trusted)
             inner = "" if module or root.endswith(".") else self._inner(path, parts, aside, trusted)
             for name in [other for other in parts if other != inner] if inner else aside:
                 self._leave(_join(path, name), name, parts[name], aside.get(name))
@@ -128,13 +159,18 @@ class _Finder:
             trusted = trusted or _NETWORK.fullmatch(inner) is not None
             path, node = _join(path, inner), parts[inner]
             parts = self._parts(node)
-        entries: dict[str, Any] = {}
+        entries: dict[str, tuple[Any, str]] = {}
         for name, part in parts.items():
             for full, leaf in () if name in aside else self._leaves(name, part):
                 if full in entries:
                     raise Refused(f"two entries have the name {full!r:.100}")
-                entries[full] = leaf
-        return Network(entries, self._skipped)
+                entries[full] = leaf, "weight"
+        # A name of the network may look like the place of a copy.
+        for name in self._beside.keys() & entries:
+            value, role = self._beside[name]
+            reason = "beside the network, which has its name too"
+            self._skipped.append(SkippedTensor(name, reason, self._tree.shape(value), self._tree.kind(value), role))
+        return Network(self._beside | entries, self._skipped)
 
     def _at(self, value: Any, path: str) -> Any:
         """Return what is at a path below a container, whose keys may hold dots too; None if there is nothing."""
@@ -159,59 +195,74 @@ class _Finder:
             raise Refused("two entries have one name")
         return named
 
-    def _aside(self, parts: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
-        """Return role and reason of each container that isn't the network, where something else may be."""
+    def _aside(self, parts: Mapping[str, Any], trusted: bool) -> dict[str, str]:
+        """Return the role of each part that isn't of the network: what it holds says so, and mostly its name, too."""
         aside = {}
         for name, part in parts.items():
-            if self._tree.shape(part) is not None or self._tree.parts(part) is None:
+            if self._is_layer(part):
                 continue
-            if _OPTIMISER.search(name) or (not self._tree.size(part).tensors and self._holds_optimiser(part)):
-                aside[name] = "optimiser", "state of an optimiser"
-            elif _TRAINING.search(name):
-                aside[name] = "other", "state of training"
-        others = [name for name, part in parts.items() if name not in aside and self._counts(name, part)]
-        copies = [name for name in others if self._is_copy(name, parts, others)]
-        if len(copies) < len(others):
-            aside |= dict.fromkeys(copies, ("copy", "a copy of the network"))
-        return aside
+            if self._holds_optimiser(part) and (not self._tree.size(part).tensors or _OPTIMISER.fullmatch(name)):
+                aside[name] = "optimiser"
+            elif not trusted and self._is_figure(name, part):
+                aside[name] = "other"
+        return aside if trusted else dict.fromkeys(self._copies(parts), "copy") | aside
 
-    def _holds_optimiser(self, part: Any) -> bool:
-        parts = self._tree.parts(part) or {}
-        return _is_optimiser(parts) or any(_is_optimiser(self._tree.parts(inner) or {}) for inner in parts.values())
+    def _copies(self, parts: Mapping[str, Any]) -> list[str]:
+        """Return the parts that are called copies, and have the names and shapes of what is called a network."""
+        nested = {name: part for name, part in parts.items() if not self._is_layer(part)}
+        called = [name for name in nested if COPY.fullmatch(name) or _NESTED_COPY.fullmatch(name)]
+        networks = [nested[name] for name in nested.keys() - called if self._is_network(name, nested[name])]
+        # A hostile file may nest one part under many names.
+        held = _NamedShapes().union(
+            *(named for part in {id(part): part for part in networks}.values() for named in self._named_shapes(part))
+        )
+        same = {
+            key
+            for key, part in {id(nested[name]): nested[name] for name in called}.items()
+            if any(named and named <= held for named in self._named_shapes(part))
+        }
+        return [name for name in called if id(nested[name]) in same]
 
-    def _is_copy(self, name: str, parts: Mapping[str, Any], others: list[str]) -> bool:
-        if self._tree.shape(parts[name]) is not None:
-            return False
-        if _COPY.search(name):
+    def _is_layer(self, part: Any) -> bool:
+        """Return whether a part is a tensor, or the pair of a quantised tensor and its bias that torch.ao keeps."""
+        if self._tree.is_tensor(part):
             return True
-        if not _MAYBE_COPY.search(name):
-            return False
-        shapes = self._shapes(parts[name])
-        return any(other != name and shapes <= self._shapes(parts[other]) for other in others)
+        inner = part if isinstance(part, (list, tuple)) else ()
+        return any(self._tree.is_tensor(one) and self._tree.shape(one) is None for one in inner[:2])
 
-    def _shapes(self, value: Any) -> set[tuple[int, ...]]:
-        found, seen, waiting = set(), set(), [value]
-        while waiting:
-            part = waiting.pop()
-            shape = self._tree.shape(part)
-            if shape is not None:
-                found.add(shape)
-            elif id(part) not in seen:
-                seen.add(id(part))
-                waiting += (self._tree.parts(part) or {}).values()
-        return found
+    def _holds_optimiser(self, value: Any) -> bool:
+        if self._tree.is_tensor(value):
+            return False
+        if id(value) not in self._optimisers:
+            # A part may hold itself.
+            self._optimisers[id(value)] = False
+            parts = self._tree.parts(value) or {}
+            self._optimisers[id(value)] = _is_optimiser(parts) or any(map(self._holds_optimiser, parts.values()))
+        return self._optimisers[id(value)]
+
+    def _named_shapes(self, value: Any) -> tuple[_NamedShapes, _NamedShapes]:
+        """Return names and shapes of a part's tensors with dimensions, and these without what all names begin with."""
+        if id(value) not in self._named:
+            leaves = [(name, shape) for name, leaf in self._leaves("", value) if (shape := self._tree.shape(leaf))]
+            start = commonprefix([name for name, _ in leaves]).rfind(".") + 1  # noqa: RUF071 - names, and no paths
+            self._named[id(value)] = frozenset(leaves), frozenset((name[start:], shape) for name, shape in leaves)
+        return self._named[id(value)]
+
+    def _is_figure(self, name: str, part: Any) -> bool:
+        """Return whether a part is called a figure of training, and holds nothing but numbers and short vectors."""
+        size = self._tree.size(part)
+        if not size.tensors or size.elements > _FIGURE_ELEMENTS or not _FIGURE.fullmatch(name):
+            return False
+        return all(len(self._tree.shape(leaf) or ()) <= 1 for _, leaf in self._leaves("", part))
 
     def _counts(self, name: str, part: Any) -> bool:
-        """Return whether an entry may be of the network: it holds tensors, and isn't one number of the training."""
-        shape = self._tree.shape(part)
-        if shape is not None:
-            return math.prod(shape) > 1 and not (_TRAINING.search(name) or _FIGURE.search(name))
-        return self._tree.size(part).tensors > 0
+        """Return whether an entry may be of the network: it holds tensors, and is no figure of the training."""
+        return self._tree.size(part).tensors > 0 and not self._is_figure(name, part)
 
     def _inner(self, path: str, parts: Mapping[str, Any], aside: Mapping[str, Any], trusted: bool) -> str:
         """Return the name of the part that is the network, or of the way to it; empty where these parts are it."""
         counted = {name: part for name, part in parts.items() if name not in aside and self._counts(name, part)}
-        nested = [name for name, part in counted.items() if self._tree.shape(part) is None]
+        nested = [name for name, part in counted.items() if not self._is_layer(part)]
         loose = _sum(self._tree.size(part) for name, part in counted.items() if name not in nested)
         whole = _sum(self._tree.size(parts[name]) for name in nested)
         known = [name for name in nested if self._is_network(name, parts[name])]
@@ -226,7 +277,7 @@ class _Finder:
         if trusted:
             return nested[0] if known == nested and not loose.tensors else ""
         if known and loose.elements < self._tree.size(parts[known[0]]).elements:
-            rivals = [name for name in nested if name != known[0] and not _LOSS.search(name)]
+            rivals = [name for name in nested if name != known[0] and not _LOSS.fullmatch(name)]
             if any(self._has_layers(parts[name]) for name in rivals) or (
                 2 * self._tree.size(parts[known[0]]).elements < whole.elements
             ):
@@ -240,7 +291,7 @@ class _Finder:
 
     def _is_network(self, name: str, part: Any) -> bool:
         plain = not isinstance(part, (list, tuple))
-        return plain and _NETWORK.fullmatch(name) is not None and _LOSS.search(name) is None
+        return plain and _NETWORK.fullmatch(name) is not None and _LOSS.fullmatch(name) is None
 
     def _is_empty(self, name: str, part: Any) -> bool:
         empty = not isinstance(part, (list, tuple)) and self._tree.parts(part) == {}
@@ -267,15 +318,17 @@ class _Finder:
         whole = f"{path}." if path else "."
         return f"Say which with --root KEY (in Python root=): {listed}{more}; or {whole!r:.100} for all as one"
 
-    def _leave(self, path: str, name: str, value: Any, why: tuple[str, str] | None) -> None:
-        """List a part that isn't of the network, tensor by tensor where it holds some."""
-        if why is None and not self._counts(name, value):
-            why = "other", "beside the network"
-        role, reason = why or ("", "beside the network: --root reads it")
+    def _leave(self, path: str, name: str, value: Any, role: str | None) -> None:
+        """Keep or list a part that isn't of the network, tensor by tensor where it holds some."""
+        if role is None:
+            role = "" if self._counts(name, value) else "other"
+        reason = "beside the network" if role else "beside the network: --root reads it"
         leaves = [(full, leaf) for full, leaf in self._leaves(path, value) if self._tree.shape(leaf) is not None]
         for full, leaf in leaves:
-            shape = self._tree.shape(leaf)
-            self._skipped.append(SkippedTensor(full, reason, shape, self._tree.kind(leaf), role))
+            if role in ROLES and full not in self._beside:
+                self._beside[full] = leaf, role
+            else:
+                self._skipped.append(SkippedTensor(full, reason, self._tree.shape(leaf), self._tree.kind(leaf), role))
         if not leaves:
             self._skipped.append(SkippedTensor(path, f"beside the network: {self._tree.kind(value)}", role="other"))
 
@@ -285,8 +338,7 @@ class _Finder:
         self._letters += len(path)
         if self._entries > _MAX_ENTRIES or self._letters > _MAX_LETTERS:
             raise Refused("more entries, or longer names, than any checkpoint has")
-        parts = None if self._tree.shape(value) is not None else self._tree.parts(value)
-        if not parts or id(value) in above or not (_is_optimiser(parts) or self._holds_tensors(value)):
+        if self._tree.shape(value) is not None or id(value) in above or not self._holds_tensors(value):
             yield path, value
             return
         for name, part in self._parts(value).items():

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 
 from kcomplex.errors import KComplexError
-from kcomplex.weights import SkippedTensor, TensorHandle, Weights
+from kcomplex.weights import TensorHandle, Weights
 
 _WORDS = {torch.int32, torch.uint32, torch.uint8, torch.int8, torch.int16, torch.int64}
 _BITS = (2, 4, 8)
@@ -32,40 +32,38 @@ _All = Mapping[str, TensorHandle]
 
 
 def unpacked(weights: Weights) -> Weights:
-    """Return weights with packed ones unpacked to unsigned 8-bit codes; those that can't be are skipped."""
+    """Return weights with packed ones unpacked to unsigned 8-bit codes, or of role ``packed`` if that can't be done."""
     codes: dict[str, TensorHandle] = {}
-    packed: dict[str, str] = {}
+    packed: set[str] = set()
     for name, handle in weights.items():
+        if handle.role != "weight":
+            continue
         state = _BITSANDBYTES.fullmatch(name)
         if state and state[1] in weights:
-            base, found, library = state[1], _bitsandbytes(weights[state[1]], handle), "bitsandbytes"
+            base, found = state[1], _bitsandbytes(weights[state[1]], handle)
         else:
             scheme = next((scheme for scheme in _SCHEMES if scheme.fits(handle, weights)), None)
             if scheme is None:
                 continue
-            base, library = name, scheme.library
+            base = name
             found = scheme.unpack(name.removesuffix(scheme.words), weights) if scheme.unpack else None
         if found is None:
-            packed[base] = library
+            packed.add(base)
         else:
             codes |= found
-    if not codes and not packed:
-        return weights
-    skipped = [
-        SkippedTensor.of(weights[name], f"packed by {library} in a way that isn't read", "packed")
-        for name, library in packed.items()
+    told = [
+        replace(handle, role="packed") if name in packed else codes.get(name, handle)
+        for name, handle in weights.items()
     ]
-    kept = [codes.get(name, handle) for name, handle in weights.items() if name not in packed]
-    return weights.with_tensors(kept, (*weights.skipped, *skipped))
+    return weights.with_tensors(told, weights.skipped) if codes or packed else weights
 
 
 _Unpacked = dict[str, TensorHandle] | None
 
 
 class _Scheme(NamedTuple):
-    """How a library calls packed words and what must stand beside them, and what unpacks them (None: nothing here)."""
+    """How packed words are called and what must stand beside them, and what unpacks them (None: nothing here)."""
 
-    library: str
     words: str
     beside: tuple[str, ...]
     unpack: Callable[[str, _All], _Unpacked] | None = None
@@ -131,16 +129,16 @@ def _halves(suffix: str) -> Callable[[str, _All], _Unpacked]:
 
 
 _SCHEMES = (
-    _Scheme("GPTQ or AWQ", "qweight", ("qzeros", "scales"), _gptq),
-    _Scheme("compressed-tensors", "weight_packed", ("weight_scale", "weight_shape"), _compressed_tensors),
-    _Scheme("MXFP4", "_blocks", ("_scales",), _halves("_blocks")),
-    _Scheme("NVFP4", "weight", ("weight_scale", "weight_scale_2"), _halves("weight")),
-    _Scheme("compressed-tensors", "weight_packed", ("weight_scale",), _halves("weight_packed")),
-    _Scheme("GPTQ or AWQ", "qweight", ("scales",)),
-    _Scheme("HQQ", "W_q", ("scale",)),
-    _Scheme("AQLM", "codes", ("codebooks",)),
-    _Scheme("QuIP#", "Qidxs", ("SU",)),
-    _Scheme("Marlin", "B", ("s",)),
+    _Scheme("qweight", ("qzeros", "scales"), _gptq),  # GPTQ or AWQ
+    _Scheme("weight_packed", ("weight_scale", "weight_shape"), _compressed_tensors),  # compressed-tensors
+    _Scheme("_blocks", ("_scales",), _halves("_blocks")),  # MXFP4
+    _Scheme("weight", ("weight_scale", "weight_scale_2"), _halves("weight")),  # NVFP4
+    _Scheme("weight_packed", ("weight_scale",), _halves("weight_packed")),  # compressed-tensors
+    _Scheme("qweight", ("scales",)),  # GPTQ or AWQ
+    _Scheme("W_q", ("scale",)),  # HQQ
+    _Scheme("codes", ("codebooks",)),  # AQLM
+    _Scheme("Qidxs", ("SU",)),  # QuIP#
+    _Scheme("B", ("s",)),  # Marlin
 )
 
 

@@ -11,6 +11,7 @@ from dataclasses import replace
 
 from kcomplex.errors import SpecError
 from kcomplex.sources.latents import fold
+from kcomplex.sources.networks import COPY
 from kcomplex.weights import COUNTED, ROLES, SkippedTensor, TensorHandle, Weights
 
 # What `--count` and `--skip` take beside the roles.
@@ -29,12 +30,8 @@ _OPTIMISER_STATE = {
 }
 _MASK = re.compile(r"((causal|attn|attention|padding|pruning)_?mask|masked_bias|tril)")
 _NORM = re.compile(r"(.*_)?((layer|batch|group|instance|rms)?_?norm|ln|bn)(\d+|_.*)?", re.IGNORECASE)
-# What a copy of the network is called that is averaged while it trains, or lags behind it.
-COPY = re.compile(
-    r"(model|net|params|state_dict|swa)_ema|ema(_(model|net|params|state_dict))?|swa(_model)?|shadow(_params)?"
-    r"|averaged_model|teacher|momentum_encoder|encoder_k|target_(net|network)",
-    re.IGNORECASE,
-)
+# What a source tells of the tensors of the network itself; whatever stands beside it has other roles.
+_UNTOLD = ("weight", "buffer")
 # A single layer may be called so, too; a copy has the tensors of a network.
 _FEWEST_COPIES = 4
 # More aren't looked for: names of a hostile file could take hours.
@@ -58,9 +55,10 @@ def with_roles(weights: Weights, count: Collection[str] = (), skip: Collection[s
         There is no such role, or a role is named in both.
     """
     counted = _counted(count, skip)
-    folded = fold(weights)
-    copies = _copies(weights.values())
-    norms = _norm_modules(weights.values())
+    network = weights.with_tensors((handle for handle in weights.values() if handle.role in _UNTOLD), ())
+    folded = fold(network)
+    copies = _copies(network.values())
+    norms = _norm_modules(network.values())
     computed = () if "latent" in counted else folded.computed
     tensors: list[TensorHandle] = []
     skipped = list(weights.skipped)
@@ -76,7 +74,8 @@ def with_roles(weights: Weights, count: Collection[str] = (), skip: Collection[s
         elif product and computed:
             skipped.append(SkippedTensor.of(told, "folded into", told.role, product))
         else:
-            skipped.append(SkippedTensor.of(told, _WHY[told.role], told.role, copies.get(handle.name, "")))
+            original = copies.get(handle.name, "the network") if told.role == "copy" else ""
+            skipped.append(SkippedTensor.of(told, _WHY[told.role], told.role, original))
     wishes = [*(f"count={role}" for role in count), *(f"skip={role}" for role in skip)]
     return weights.with_tensors(tensors, skipped, ",".join(filter(None, (weights.selection, *wishes))))
 
@@ -85,7 +84,7 @@ _WHY = {
     "buffer": "non-persistent buffer",
     "mask": "of attention or of pruning",
     "latent": "what the network computes with is in its place",
-    "packed": "packed",
+    "packed": "packed in a way that isn't read",
     "constant": "its configuration gives it",
     "copy": "copy of",
     "optimiser": "state of the optimiser",

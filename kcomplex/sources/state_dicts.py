@@ -44,12 +44,12 @@ def state_dict_weights(tensors: Mapping[str, Any], source: str = "state dict", r
         entries, skipped = find_network(_StateDicts(), tensors, root)
     except Refused as error:
         raise FormatError(f"{source}: {brief(str(error), 700)}") from error
-    return collect([Entry(name, value) for name, value in entries.items()], source, skipped)
+    return collect([Entry(name, value, role=role) for name, (value, role) in entries.items()], source, skipped)
 
 
 def nested_entries(tensors: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a mapping holds at any depth, names joined with dots; quantised tensors as their integers."""
-    return find_network(_StateDicts(), tensors, ".").entries
+    return {name: value for name, (value, _) in find_network(_StateDicts(), tensors, ".").entries.items()}
 
 
 class _StateDicts(Tree):
@@ -81,6 +81,10 @@ class _StateDicts(Tree):
             return None
         return () if is_lazy(value) or value.is_nested else tuple(value.shape)
 
+    def is_tensor(self, value: Any) -> bool:
+        """Return whether a value is one tensor, even one that is looked at as its parts."""
+        return isinstance(value, (torch.Tensor, np.ndarray, torch.ScriptObject))
+
     def kind(self, value: Any) -> str:
         """Return the dtype of a tensor, or what else a value is."""
         return dtype_name(value.dtype) if isinstance(value, torch.Tensor) else type(value).__name__
@@ -101,6 +105,11 @@ def merge_shared(keyed: Iterable[tuple[Hashable, TensorHandle]]) -> list[TensorH
         trainable = True if any(handle.trainable for handle in group) else group[0].trainable
         merged.append(replace(group[0], name=first, aliases=tuple(others), trainable=trainable))
     return merged
+
+
+def beside(handle: TensorHandle, key: Hashable) -> Hashable:
+    """Return a key that what isn't of the network doesn't share with it, whose names it would change."""
+    return (handle.role, key) if handle.role in ("copy", "optimiser") else key
 
 
 def _keeps_integers(value: torch.Tensor) -> bool:
@@ -185,12 +194,12 @@ def collect(
             unknown = isinstance(value, torch.Tensor) and (is_lazy(value) or value.is_nested)
             known = isinstance(value, (torch.Tensor, np.ndarray)) and not unknown
             shape, dtype = (tuple(value.shape), str(value.dtype).removeprefix("torch.")) if known else (None, "")
-            left_out.append(SkippedTensor(name, reason, shape, dtype, unread))
+            left_out.append(SkippedTensor(name, reason, shape, dtype, unread if role == "weight" else role))
             continue
         handle = TensorHandle(
             name, tuple(value.shape), value.dtype, _gathered(name, load or value.detach), trainable=trainable, role=role
         )
-        keyed.append((key or _memory(value) or name, handle))
+        keyed.append((beside(handle, key or _memory(value) or name), handle))
     return Weights(merge_shared(keyed), left_out, source)
 
 

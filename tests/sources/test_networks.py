@@ -12,9 +12,11 @@ import torch
 from torch import nn
 
 from kcomplex.errors import KComplexError
-from kcomplex.sources.files import open_path
+from kcomplex.sources import networks
+from kcomplex.sources.open import open_weights
+from kcomplex.sources.roles import with_roles
 from kcomplex.sources.state_dicts import state_dict_weights
-from kcomplex.weights import Weights
+from kcomplex.weights import Weights, as_patterns
 
 Opened = Callable[..., Weights]
 
@@ -23,11 +25,11 @@ Opened = Callable[..., Weights]
 def opened(request: pytest.FixtureRequest, tmp_path: Path) -> Opened:
     """A function that opens a checkpoint from a file, or as it is."""
 
-    def open_as(value: Any, root: str = "") -> Weights:
+    def open_as(value: Any, root: str = "", count: str = "") -> Weights:
         if request.param == "memory":
-            return state_dict_weights(value, root=root)
+            return with_roles(state_dict_weights(value, root=root), as_patterns(count or ()))
         torch.save(value, tmp_path / "x.pt", _use_new_zipfile_serialization=request.param == "zip")
-        return open_path(str(tmp_path / "x.pt"), root)
+        return open_weights(tmp_path / "x.pt", root=root, count=count or ())
 
     return open_as
 
@@ -139,7 +141,8 @@ def test_a_root_says_which(opened: Opened) -> None:
 def test_a_root_may_be_what_is_never_taken_by_itself(opened: Opened) -> None:
     value = {"model": net(), "ema": net(3), "optimizer": optimiser()}
     assert opened(value, "ema")["0.weight"].shape == (3, 3)
-    assert "0.exp_avg" in opened(value, "optimizer")
+    assert "state.0.exp_avg" in opened(value, "optimizer.", count="optimiser")
+    assert "0.exp_avg" in opened(value, "optimizer", count="optimiser")
 
 
 def test_a_root_of_flat_names_is_their_beginning(opened: Opened, tmp_path: Path) -> None:
@@ -148,10 +151,10 @@ def test_a_root_of_flat_names_is_their_beginning(opened: Opened, tmp_path: Path)
     from safetensors.torch import save_file
 
     save_file(value, tmp_path / "x.safetensors")
-    with open_path(str(tmp_path / "x.safetensors"), "encoder") as weights:
+    with open_weights(tmp_path / "x.safetensors", root="encoder") as weights:
         assert {name: handle.shape for name, handle in weights.items()} == {"b": (1,), "w": (2,)}
     with pytest.raises(KComplexError, match=r"no name begins with the root 'coder'; there are decoder\.w"):
-        open_path(str(tmp_path / "x.safetensors"), "coder")
+        open_weights(tmp_path / "x.safetensors", root="coder")
 
 
 def test_what_is_left_out_has_its_role(opened: Opened) -> None:
@@ -161,6 +164,96 @@ def test_what_is_left_out_has_its_role(opened: Opened) -> None:
     assert roles["optimizer.state.0.exp_avg"] == ("optimiser", (4, 4))
     assert roles["acc"] == ("other", ())
     assert roles["epoch"] == ("other", None)
+
+
+def test_what_is_left_out_counts_where_that_is_asked_for(opened: Opened) -> None:
+    shared = torch.ones(4, 4)
+    value = {"model": {"w": shared}, "best_model": {"w": shared}, "optimizer": optimiser()}
+    assert set(opened(value)) == {"w"}
+    assert {name: handle.role for name, handle in opened(value, count="copy").items()} == {
+        "w": "weight", "best_model.w": "copy"
+    }  # fmt: skip
+    assert opened(value, count="optimiser")["optimizer.state.0.exp_avg"].role == "optimiser"
+    everything = opened(value, count="all")
+    assert {"w", "best_model.w", "optimizer.state.1.exp_avg_sq"} < set(everything)
+    # Whatever copies hold stays theirs.
+    pruned = {"0.weight_orig": torch.ones(3, 3), "0.weight_mask": torch.ones(3, 3)}
+    assert set(opened({"model": pruned, "ema": pruned})) == {"0.weight"}
+    assert set(opened({"model": {"ema.w": torch.ones(2)}, "ema": {"w": torch.ones(2)}})) == {"ema.w"}
+
+
+UNLUCKY = (
+    *("upsampler", "geometric_head", "metric_head", "history_encoder", "opt_model", "schema_encoder", "init_block"),
+    *("last_block", "mid_block", "source_encoder", "target_encoder", "previous_embedding", "scheduler", "sampler"),
+    *("loss_weights", "step_embed", "score", "epoch_embedding", "optimizer", "history", "ema", "teacher", "callbacks"),
+    *("criterion", "running_block", "averaged_layer", "best_head", "old_head", "amp", "config", "metrics"),
+)
+
+
+@pytest.mark.parametrize("place", ["params", "model", "net"])
+def test_no_layer_is_lost_for_its_name(opened: Opened, place: str) -> None:
+    layers = {name: {"weight": torch.full((3, 3), float(at))} for at, name in enumerate(UNLUCKY)}
+    assert set(opened({place: layers})) == {f"{name}.weight" for name in UNLUCKY}
+    assert set(opened({place: layers}, f"{place}.")) == {f"{name}.weight" for name in UNLUCKY}
+    loose = {name: torch.full((3, 3), float(at)) for at, name in enumerate(UNLUCKY)}
+    assert set(opened({"blocks": {"w": torch.ones(3)}, **loose})) == {"blocks.w", *UNLUCKY}
+    assert set(opened(loose)) == set(UNLUCKY)
+    flat = {f"{name}.weight": tensor for name, tensor in loose.items()}
+    assert set(opened(flat)) == set(opened({"model": flat, "epoch": 3})) == set(flat)
+
+
+@pytest.mark.parametrize("name", UNLUCKY)
+def test_a_part_that_is_called_like_something_else_is_never_passed_over(opened: Opened, name: str) -> None:
+    value = {"blocks": net(), name: net(5)}
+    with pytest.raises(KComplexError, match="several networks"):
+        opened(value)
+    assert len(opened(value, ".")) == 4
+
+
+def test_parts_of_one_shape_are_no_copies_without_the_name_of_a_network(opened: Opened) -> None:
+    with pytest.raises(KComplexError, match="several networks"):
+        opened({"source_encoder": net(), "target_encoder": net()})
+    # A number that isn't called a figure may be of the network.
+    assert set(opened({"visual": net(), "logit_scale": torch.tensor(2.0)})) == {
+        "visual.0.weight", "visual.0.bias", "logit_scale"
+    }  # fmt: skip
+
+
+COPIES = {
+    "wrapped": {"model": net(), "ema": {f"module.{name}": tensor for name, tensor in net().items()}},
+    "counted": {"model": net(), "ema_model": {"step": torch.tensor(7), "ema_model": net()}},
+    "without buffers": {"state_dict": {**net(), "n": torch.ones(2)}, "state_dict_ema": net()},
+    "own": {"generator": net(), "generator_ema": net()},
+    "arguments": {"state_dict": net(), "hyper_parameters": {"net": net(), "lr": 0.1}},
+}
+
+
+@pytest.mark.parametrize("name", COPIES)
+def test_a_copy_has_the_names_and_shapes_of_the_network(opened: Opened, name: str) -> None:
+    network, copy = COPIES[name]
+    value = COPIES[name]
+    weights = opened(value)
+    assert set(weights) == set(value[network])
+    assert {item.role for item in weights.skipped if item.shape} == {"copy"}
+    larger = {key: torch.ones(5, 5) for key in net()}
+    with pytest.raises(KComplexError, match="several networks"):
+        opened({network: net(), copy: larger})
+
+
+def test_the_same_part_is_looked_at_once(opened: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
+    shared = {f"k{at}": at for at in range(300)}
+    looked = 0
+    parts = networks.Tree.size
+
+    def counted(tree: Any, value: Any) -> Any:
+        nonlocal looked
+        looked += 1
+        return parts(tree, value)
+
+    monkeypatch.setattr(networks.Tree, "size", counted)
+    for beside in (shared, list(shared.values())):
+        assert set(opened({"model": net(), **{f"x{at}": beside for at in range(300)}})) == set(NET)
+    assert looked < 10_000
 
 
 @pytest.mark.parametrize("value", [optimiser(), {"optimizer": optimiser(), "scheduler": {"last": 1}}, {"epoch": 3}])

@@ -30,6 +30,16 @@ def dynamic() -> torch.nn.Module:
     return torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, dtype=torch.qint8)
 
 
+def unlucky() -> torch.nn.Module:
+    """Quantised layers of every kind, several of each, some called like the state of training."""
+    quantised = torch.ao.nn.quantized
+    names = ("upsampler", "metric_head", "scheduler", "sampler", "score", "conv")
+    layers: dict[str, torch.nn.Module] = {name: quantised.Linear(8, 8) for name in names}
+    layers |= {f"{name}_conv": quantised.Conv2d(2, 2, 3) for name in names}
+    layers |= {f"{name}_dynamic": quantised.dynamic.Linear(8, 8) for name in names}
+    return torch.nn.ModuleDict({**layers, "embedding": quantised.Embedding(9, 4), "norm": torch.nn.LayerNorm(4)})
+
+
 def static() -> torch.nn.Module:
     model = torch.nn.Sequential(
         torch.ao.quantization.QuantStub(), torch.nn.Conv2d(4, 8, 3), torch.ao.quantization.DeQuantStub()
@@ -319,7 +329,7 @@ def test_tensors_that_pack_their_weights_are_listed(saved: Any) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("convert", [dynamic, static])
+@pytest.mark.parametrize("convert", [dynamic, static, unlucky])
 def test_quantised_modules_are_read_as_their_integers(saved: Any, convert: Any) -> None:
     model = convert()
     live, states = open_weights(model), open_weights(model.state_dict())
@@ -331,6 +341,8 @@ def test_quantised_modules_are_read_as_their_integers(saved: Any, convert: Any) 
     assert {name: (handle.dtype, handle.words().tobytes()) for name, handle in weights.items()} == {
         name: (handle.dtype, handle.words().tobytes()) for name, handle in states.items()
     }
+    assert {item.name for item in live.skipped} <= {item.name for item in weights.skipped}
+    assert {item.role for item in live.skipped} <= {"other"}
     assert torch.int8 in {handle.dtype for handle in weights.values()}
 
 

@@ -32,7 +32,7 @@ from kcomplex.sources.formats.pytorch_pickle import (
 )
 from kcomplex.sources.formats.stored_file import StoredFile
 from kcomplex.sources.networks import find_network
-from kcomplex.sources.state_dicts import merge_shared
+from kcomplex.sources.state_dicts import beside, merge_shared
 from kcomplex.weights import DTYPES, SkippedTensor, TensorHandle, Weights, dtype_name, word_dtype
 
 _SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
@@ -106,7 +106,7 @@ def _handles(path: Path, contents: _Contents, root: str) -> tuple[list[TensorHan
     entries, skipped = find_network(tree, contents.value, root)
     verified: set[str] = set()
     handles: list[tuple[Hashable, TensorHandle]] = []
-    for name, value in entries.items():
+    for name, (value, role) in entries.items():
         with guarded(path, name):
             shape, kind = tree.shape(value), tree.kind(value)
             if shape is None:
@@ -114,18 +114,28 @@ def _handles(path: Path, contents: _Contents, root: str) -> tuple[list[TensorHan
                 continue
             tensor = stored_tensor(value)
             if isinstance(tensor, str):
-                skipped.append(SkippedTensor(name, tensor, shape or None, kind, "packed" if is_packed(value) else ""))
+                unread = "packed" if is_packed(value) else ""
+                skipped.append(SkippedTensor(name, tensor, shape or None, kind, unread if role == "weight" else role))
                 continue
             dtype = dtype_name(tensor.dtype)
             if dtype not in DTYPES:
-                skipped.append(SkippedTensor(name, f"dtype {dtype} isn't supported", tensor.shape, dtype))
+                skipped.append(
+                    SkippedTensor(
+                        name, f"dtype {dtype} isn't supported", tensor.shape, dtype, role.removeprefix("weight")
+                    )
+                )
                 continue
             region = _checked_region(tensor, contents)
             read = _Reader(path, name, tensor, contents, region, verified)
             handle = TensorHandle(
-                name, tensor.shape, tensor.dtype, read, load_range=read.part if tensor.is_contiguous else None
+                name,
+                tensor.shape,
+                tensor.dtype,
+                read,
+                load_range=read.part if tensor.is_contiguous else None,
+                role=role,
             )
-            handles.append((tensor if handle.elements else name, handle))
+            handles.append((beside(handle, tensor if handle.elements else name), handle))
     return merge_shared(handles), skipped
 
 

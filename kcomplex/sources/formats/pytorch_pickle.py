@@ -218,6 +218,10 @@ class PickledTree(Tree):
         shape = call.arguments[place] if place < len(call.arguments) else ()
         return shape if _are_sizes(shape) else ()
 
+    def is_tensor(self, value: Any) -> bool:
+        """Return whether a value is one tensor, even one that is looked at as its parts."""
+        return _is_tensor(value)
+
     def is_module(self, value: Any) -> bool:
         """Return whether a value is a pickled module, or one of TorchScript."""
         if not isinstance(value, Call) or not isinstance(value.state, dict):
