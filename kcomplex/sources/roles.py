@@ -150,11 +150,14 @@ def _copies(handles: Iterable[TensorHandle]) -> dict[str, str]:
     """
     paths = [(handle, handle.name.split(".")) for handle in handles]
     parts = {tuple(path[: at + 1]) for _, path in paths for at in range(min(len(path) - 1, 2))}
+    called = {part for part in parts if _is_called_copy(part, parts)}
+    if not called:
+        return {}
     groups: dict[tuple[str, ...], dict[tuple[str, tuple[int, ...]], TensorHandle]] = {}
     others: dict[tuple[str, ...], dict[tuple[str, tuple[int, ...]], str]] = {}
     for handle, path in paths:
         places = [tuple(path[:at]) for at in range(min(len(path), 4))]
-        root = next((place for place in places[1:3] if _is_called_copy(place, parts)), None)
+        root = next((place for place in places if place in called), None)
         if root is not None:
             groups.setdefault(root, {})["".join(path[len(root) :]), handle.shape] = handle
             continue
