@@ -87,7 +87,7 @@ def describe(
     chosen = choices(include, exclude, root, count, skip)
     codes: list[int] = []
     for path in paths:
-        with telling_errors(codes), open_weights(path, **chosen) as weights:
+        with telling_errors(codes, path), open_weights(path, **chosen) as weights:
             if dry_run:
                 frames.append(_listing(weights))
             elif explain:

@@ -99,9 +99,9 @@ def tell(text: str) -> None:
         print(printable(text), file=sys.stderr, flush=True)
 
 
-def tell_error(error: Exception) -> int:
-    """Print the line that tells an error, and return the exit code that stands for its kind."""
-    message = str(error)
+def tell_error(error: Exception, source: str = "") -> int:
+    """Print the line that tells an error and its source, and return the exit code that stands for its kind."""
+    message = str(error) if source in str(error) else f"{source}: {error}"
     if isinstance(error, KComplexError):
         pass
     elif isinstance(error, OSError):
@@ -124,12 +124,12 @@ def tell_error(error: Exception) -> int:
 
 
 @contextmanager
-def telling_errors(codes: list[int]) -> Iterator[None]:
+def telling_errors(codes: list[int], source: str) -> Iterator[None]:
     """Tell what goes wrong with one of several sources, and keep its exit code, so that the others aren't hidden."""
     try:
         yield
     except (KComplexError, MemoryError, RecursionError) as error:
-        codes.append(tell_error(error))
+        codes.append(tell_error(error, source))
 
 
 def progress(*columns: ProgressColumn, transient: bool = True) -> Progress:
