@@ -1,4 +1,4 @@
-"""The ``kcomplex`` command: its own commands, and those that plug-ins add."""
+"""The ``kcomplex`` command: how it begins, and how it ends. Nothing heavy is imported before signals are heeded."""
 
 from __future__ import annotations
 
@@ -10,45 +10,10 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Annotated
-
-import typer
-
-from kcomplex.cli.container import decode, encode, verify
-from kcomplex.cli.describe import describe
-from kcomplex.cli.estimators import estimators
-from kcomplex.cli.output import errors, tell, tell_error
-from kcomplex.cli.plot import plot
-from kcomplex.cli.quantise import quantise
-from kcomplex.cli.runs import runs
-from kcomplex.errors import PluginError
-from kcomplex.registry import registry
-from kcomplex.version import VERSION
 
 # What shells add to the number of the signal that ended a command.
 _ENDED_BY = 128
 _PIPE_CLOSED = _ENDED_BY + 13
-
-
-def build_app() -> typer.Typer:
-    """Return the command-line application with the commands of all plug-ins."""
-    app = typer.Typer(
-        name="kcomplex",
-        help="Measure the algorithmic complexity of neural-network weights, and train networks to be simpler.",
-        no_args_is_help=True,
-        pretty_exceptions_enable=False,
-        rich_markup_mode=None,
-    )
-    app.callback()(_options)
-    for command in (describe, encode, decode, verify, quantise, estimators, runs, plot):
-        app.command(command.__name__)(command)
-    commands = registry("kcomplex.commands")
-    for name in commands.names():
-        try:
-            app.command(name)(commands.load(name))
-        except PluginError as error:
-            app.command(name, help=f"Can't be loaded: {error}")(_broken(error))
-    return app
 
 
 def main() -> None:
@@ -61,11 +26,15 @@ def main() -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         # Names that aren't valid Unicode, or that the terminal's encoding lacks, are shown all the same.
         sys.stdout.reconfigure(errors="backslashreplace")
+    with _heeding(lambda number, _: os._exit(_ENDED_BY + number)):
+        # It takes a second, and nothing is there yet that would have to go.
+        from kcomplex.cli.app import build_app
+        from kcomplex.cli.output import tell, tell_error
     warnings.showwarning = lambda message, *_: tell(f"warning: {message}")
     if sys.stderr.isatty():
         _show_messages()
     with _interruptible() as signals:
-        code = _run()
+        code = _run(lambda: build_app()(), tell_error)
     if signals:
         # Threads may have a piece in work that nobody waits for.
         os._exit(_ENDED_BY + signals[0])
@@ -77,11 +46,11 @@ def main() -> None:
     sys.exit(code)
 
 
-def _run() -> int:
+def _run(command: Callable[[], None], tell_error: Callable[[Exception], int]) -> int:
     """Return the exit code of the command, its errors told in one line each."""
     try:
         try:
-            build_app()()
+            command()
         finally:
             sys.stdout.flush()
     except SystemExit as end:
@@ -115,15 +84,22 @@ def _interruptible() -> Iterator[list[int]]:
         came.append(number)
         raise KeyboardInterrupt
 
+    with _heeding(interrupt):
+        yield came
+
+
+@contextmanager
+def _heeding(handler: Callable[[int, object], None]) -> Iterator[None]:
+    """Have the signals that end commands handled."""
     names = ("SIGINT", "SIGTERM", "SIGHUP")
     numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
     before = {number: signal.getsignal(number) for number in numbers}
     # What whoever started us had ignored (nohup, the background of a script) stays so.
     heeded = [number for number in numbers if before[number] is not signal.SIG_IGN]
     for number in heeded:
-        signal.signal(number, interrupt)
+        signal.signal(number, handler)
     try:
-        yield came
+        yield
     finally:
         for number in heeded:
             signal.signal(number, before[number])
@@ -133,31 +109,12 @@ def _show_messages() -> None:
     """Let the library say what takes long: on the console of the progress bars, so that it stands above them."""
     from rich.logging import RichHandler
 
+    from kcomplex.cli.output import errors
+
     handler = RichHandler(console=errors, show_time=False, show_level=False, show_path=False)
     logger = logging.getLogger("kcomplex")
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
-
-
-def _broken(error: PluginError) -> Callable[[], None]:
-    def command() -> None:
-        raise error
-
-    return command
-
-
-def _show_version(wanted: bool) -> None:
-    if wanted:
-        typer.echo(VERSION)
-        raise typer.Exit
-
-
-def _options(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and exit.")
-    ] = False,
-) -> None:
-    """Take the options that stand before every command."""
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 from typer.testing import CliRunner
 
-from kcomplex.cli.main import build_app
+from kcomplex.cli.app import build_app
 from kcomplex.errors import SpecError
 from kcomplex.estimators.code import Code
 from kcomplex.estimators.coder import Coder

@@ -19,7 +19,7 @@ from torch import nn
 
 import kcomplex as kc
 from kcomplex.tracking.worker import measure_pending
-from tests.children import PATIENCE, Children, is_gone, until
+from tests.children import PATIENCE, Children, is_gone, run, until
 from tests.cli.conftest import COMMAND, Nursery, environment
 
 
@@ -68,6 +68,14 @@ def test_an_interrupted_describe_ends_without_a_trace(tmp_path: Path, children: 
     assert is_gone(process.pid)
     assert b"Traceback" not in shown
     os.close(terminal)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_command_that_is_interrupted_while_it_starts_ends_without_a_trace(tmp_path: Path, number: int) -> None:
+    # Stands in for the library that takes longest until the first line of a command runs.
+    (tmp_path / "typer.py").write_text(f"import os, signal; os.kill(os.getpid(), {number:d}); signal.pause()")
+    answer = run([COMMAND, "--version"], env={**environment(), "PYTHONPATH": str(tmp_path)}, check=False)
+    assert (answer.returncode, answer.stdout, answer.stderr) == (128 + number, "", "")
 
 
 COMMANDS = {

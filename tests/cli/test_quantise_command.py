@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 from typer.testing import CliRunner
 
-from kcomplex.cli.main import build_app
+from kcomplex.cli.app import build_app
 from kcomplex.errors import KComplexError
 
 Run = Callable[..., CompletedProcess[str]]
