@@ -120,6 +120,8 @@ def test_packed_codes_come_out_one_an_element(tmp_path: Path, scheme: str) -> No
 def test_packing_that_isnt_known_is_listed(tensors: dict[str, torch.Tensor]) -> None:
     weights = open_weights(tensors)
     assert [(item.name, item.role) for item in weights.skipped] == [(next(iter(tensors)), "packed")]
+    words = open_weights(tensors, count="packed")[next(iter(tensors))]
+    assert torch.equal(words.read(), tensors[words.name])
 
 
 def test_words_without_scales_are_words() -> None:
