@@ -69,8 +69,16 @@ def build_estimator(spec: str | Estimator | Coder, given: GivenSource | None = N
 def build_estimators(
     specs: str | Estimator | Coder | Iterable[str | Estimator | Coder], given: GivenSource | None = None
 ) -> list[Estimator]:
-    """Return the estimators of one or several specifications; see `build_estimator`. Given weights are read once."""
-    wanted = [specs] if isinstance(specs, (str, Estimator, Coder)) else specs
+    """Return the estimators of one or several specifications; see `build_estimator`. Given weights are read once.
+
+    Raises
+    ------
+    SpecError
+        There is none.
+    """
+    wanted = list(specs) if isinstance(specs, Iterable) and not isinstance(specs, str) else [specs]
+    if not wanted:
+        raise SpecError("no estimator is named: give one, such as 'zstd', or several")
     known = None if given is None else given_of(given)
     return [build_estimator(item, known) for item in wanted]
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-import pytest
+from typing import Any
 
+import pytest
+import torch
+
+import kcomplex as kc
 from kcomplex.compressors.general.zstandard import Zstd
 from kcomplex.errors import KComplexError, SpecError
 from kcomplex.estimators.code import SymbolCode
@@ -81,3 +85,10 @@ def test_tuples_are_joined_by_plus() -> None:
     built = mode("uniform_qat:exclude=*head*+*first*")
     assert built.exclude == ("*head*", "*first*")  # type: ignore[attr-defined]
     assert mode(built.spec) == built
+
+
+@pytest.mark.parametrize("specs", [3, None, [], [3], ["raw", None]])
+def test_what_names_no_estimator_is_refused(specs: Any) -> None:
+    for call in (kc.describe, kc.explain):
+        with pytest.raises(SpecError, match="estimator"):
+            call({"w": torch.zeros(9)}, specs)
