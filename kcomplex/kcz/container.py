@@ -42,7 +42,7 @@ from kcomplex.estimators.relative import GivenCode
 from kcomplex.estimators.structure import TensorEntry, claimed_bytes
 from kcomplex.kcz.index import HEAD, Notes, PieceStream, digest_of, encode_index, read_index
 from kcomplex.machine.closing import Closing
-from kcomplex.machine.files import beside, open_regular, output_path, replacing
+from kcomplex.machine.files import beside, open_regular, output_path, path_of, replacing
 from kcomplex.machine.limits import require_claim, require_memory
 from kcomplex.machine.parallel import in_order, thread_count
 from kcomplex.sources.formats.safetensors_file import original_layout, safetensors_header
@@ -166,7 +166,7 @@ class Container(Closing):
     def __init__(
         self, path: str | os.PathLike[str], *, given: GivenSource | None = None, limit: int | None = None
     ) -> None:
-        self.path = _path(path)
+        self.path = path_of(path)
         self._given = given
         self._file = open_regular(self.path)
         self._reading, self._learning = Lock(), Lock()
@@ -482,13 +482,6 @@ def _compare(container: Container, weights: Weights, notes: Notes, jobs: int) ->
 
 def _different(path: str | os.PathLike[str], entry: TensorEntry) -> VerificationError:
     return VerificationError(f"{path}: the tensor {entry.names[0]!r} isn't what was encoded")
-
-
-def _path(path: str | os.PathLike[str]) -> Path:
-    """Return a path; whatever else is given is an error of kcomplex."""
-    if not isinstance(path, (str, os.PathLike)) or "\0" in os.fspath(path):
-        raise KComplexError(f"{path!r} is no path: give a text or a pathlib.Path")
-    return Path(path)
 
 
 def _layout_of(source: Source | None, weights: Weights) -> Notes:

@@ -16,6 +16,19 @@ from kcomplex.errors import KComplexError, RefusedStreamError, SourceNotFoundErr
 _OWN_SUFFIX = ".kcz"
 
 
+def path_of(path: object) -> Path:
+    """Return a path; whatever else is given is an error of kcomplex.
+
+    Raises
+    ------
+    KComplexError
+        It is neither text nor a path, or holds a null character.
+    """
+    if not isinstance(path, (str, os.PathLike)) or not isinstance(os.fspath(path), str) or "\0" in os.fspath(path):
+        raise KComplexError(f"{path!r:.80} is no path: give a text or a pathlib.Path")
+    return Path(path)
+
+
 def output_path(path: object, *sources: object) -> Path:
     """Return the path of a file that may be written: a new one, or one in place of a regular file.
 
@@ -32,9 +45,7 @@ def output_path(path: object, *sources: object) -> Path:
     KComplexError
         The name is empty; a folder, a link, a device or a pipe is there; or it is one of the sources.
     """
-    if not isinstance(path, (str, os.PathLike)) or "\0" in os.fspath(path):
-        raise KComplexError(f"{path!r:.80} is no path of a file to write: give a text or a pathlib.Path")
-    target = Path(path)
+    target = path_of(path)
     if not target.name:
         raise KComplexError("the name of the file to write is empty: give one")
     try:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from kcomplex.errors import RunError
 from kcomplex.estimators.description import shape_text
+from kcomplex.machine.files import path_of
 from kcomplex.tracking.columns import DESCRIPTION_COLUMNS, SNAPSHOT_COLUMNS, STATE_COLUMNS, storable
 from kcomplex.tracking.database import reading
 from kcomplex.tracking.folder import DATABASE, is_followed
@@ -59,8 +60,10 @@ def find_runs(path: str | PathLike[str]) -> dict[str, Path]:
     ------
     RunError
         There is none.
+    KComplexError
+        It is no path.
     """
-    root = Path(path)
+    root = path_of(path)
     found = sorted(file.parent for file in root.rglob(DATABASE))
     if not found:
         where = "no run here or below" if root.exists() else "there is no such folder"

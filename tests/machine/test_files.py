@@ -236,3 +236,10 @@ def test_what_a_killed_process_leaves_is_no_part_of_a_folder(tmp_path: Path, nam
     with beside(tmp_path / name) as partial:
         partial.write_bytes(b"half")
         assert kc.describe(tmp_path, "raw")[0].bits == before
+
+
+@pytest.mark.parametrize("path", [3, None, b"bytes", [], "a\0b"])
+def test_what_is_no_path_is_told_wherever_one_is_taken(path: Any) -> None:
+    for call in (kc.verify, kc.load_runs, lambda given: kc.encode({"w": torch.zeros(9)}, given, "raw")):
+        with pytest.raises(KComplexError, match="is no path"):
+            call(path)
