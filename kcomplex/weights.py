@@ -319,7 +319,7 @@ class Weights(Closing, Mapping[str, TensorHandle]):
         self._tensors: dict[str, TensorHandle] = {}
         for handle in sorted(tensors, key=lambda item: item.name):
             for name in (handle.name, *handle.aliases):
-                if not name.isascii() and not _is_unicode(name):
+                if not is_unicode(name):
                     raise WeightsError(f"{source}: the tensor name {name!r} isn't valid Unicode: rename it")
             if handle.name in self._tensors:
                 raise WeightsError(f"{source}: two tensors are called {handle.name!r}")
@@ -427,7 +427,7 @@ def as_patterns(patterns: str | Iterable[str]) -> tuple[str, ...]:
     return (patterns,) if isinstance(patterns, str) else tuple(patterns)
 
 
-def _is_unicode(text: str) -> bool:
+def is_unicode(text: str) -> bool:
     """Return whether a text can be encoded: names from a pickle may hold lone surrogates."""
     try:
         text.encode()

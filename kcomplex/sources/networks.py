@@ -10,7 +10,7 @@ from os.path import commonprefix
 from typing import Any, NamedTuple
 
 from kcomplex.sources.formats.guard import Refused
-from kcomplex.weights import ROLES, SkippedTensor
+from kcomplex.weights import ROLES, SkippedTensor, is_unicode
 
 # What a checkpoint's parts are called.
 _NETWORK = re.compile(
@@ -365,7 +365,6 @@ def _join(path: str, name: str) -> str:
 
 def _text(key: Any) -> str:
     name = str(key)
-    # Pickles write surrogates as they are, and a name with one can be neither printed nor stored.
-    if not name.isascii() and any("\ud800" <= letter <= "\udfff" for letter in name):
+    if not is_unicode(name):
         raise Refused(f"the name {name!r:.100} isn't valid Unicode: rename it")
     return name
