@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeAlias
 
@@ -14,7 +15,21 @@ if TYPE_CHECKING:
     from kcomplex.sources.open import Choices
 
 Estimator: TypeAlias = Annotated[str, typer.Option("--estimator", "-e", metavar="SPEC", help="a code")]
-Given: TypeAlias = Annotated[str | None, typer.Option(metavar="PATH|RECIPE", help=GIVEN)]
+
+
+def import_from_here() -> None:
+    """Let modules of the working directory be imported, as ``python -m`` does: the user names one in this call."""
+    if "" not in sys.path:
+        sys.path.insert(0, "")
+
+
+def _given(text: str | None) -> str | None:
+    if text is not None and text.startswith("seed:"):
+        import_from_here()
+    return text
+
+
+Given: TypeAlias = Annotated[str | None, typer.Option(metavar="PATH|RECIPE", help=GIVEN, callback=_given)]
 Include: TypeAlias = Annotated[
     list[str] | None, typer.Option(metavar="GLOB", help="only tensors that match; repeat it")
 ]

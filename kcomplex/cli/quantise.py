@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import importlib
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kcomplex.cli.options import Count, Jobs, Partial, Root, Skip, check_container
+from kcomplex.cli.options import Count, Jobs, Partial, Root, Skip, check_container, import_from_here
 from kcomplex.cli.output import OutputFormat, output_format, progress, tell, tell_coverage, write_frame, write_json
 from kcomplex.errors import KComplexError, SpecError
 from kcomplex.quantising.step_search import DEFAULT_ESTIMATOR, EVALUATIONS, WITHIN
@@ -111,8 +110,7 @@ def _imported(name: str) -> Callable[[dict[str, torch.Tensor]], Any]:
     module, colon, attribute = name.partition(":")
     if not (module and colon and attribute):
         raise SpecError(f"--evaluate {name!r}: write package.module:function")
-    # As python -m does: modules of the working directory can be imported.
-    sys.path.insert(0, "")
+    import_from_here()
     try:
         function: Any = getattr(importlib.import_module(module), attribute)
     except Exception as error:

@@ -246,3 +246,13 @@ def test_weights_of_which_none_is_given_are_refused(tmp_path: Path, run_installe
     assert done.returncode == 2
     assert "none of its 1 tensors" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_recipe_is_found_in_the_working_directory(tmp_path: Path, run: Run) -> None:
+    (tmp_path / "networks_here.py").write_text("import torch\n\ndef build():\n    return torch.nn.Linear(40, 30)\n")
+    torch.manual_seed(3)
+    torch.save(torch.nn.Linear(40, 30).state_dict(), tmp_path / "net.pt")
+    recipe = "seed:factory=networks_here:build,seed=3"
+    answer = run("describe", "net.pt", "-e", "zstd", "--given", recipe, cwd=tmp_path)
+    assert answer.returncode == 0, answer.stderr
+    assert "given: 2 of 2 tensors" in answer.stderr
