@@ -423,8 +423,19 @@ def _itself(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def as_patterns(patterns: str | Iterable[str]) -> tuple[str, ...]:
-    """Return patterns as a tuple; a string is one pattern, not its letters."""
-    return (patterns,) if isinstance(patterns, str) else tuple(patterns)
+    """Return patterns as a tuple; a string is one pattern, not its letters.
+
+    Raises
+    ------
+    WeightsError
+        They aren't texts.
+    """
+    if isinstance(patterns, str):
+        return (patterns,)
+    told = tuple(patterns) if isinstance(patterns, Iterable) else (patterns,)
+    if not all(isinstance(pattern, str) for pattern in told):
+        raise WeightsError(f"names, patterns and roles are texts, not {patterns!r:.80}")
+    return told
 
 
 def is_unicode(text: str) -> bool:

@@ -244,6 +244,12 @@ def _check_wishes(
 ) -> None:
     if sum(wish is not None for wish in (mse, bits, evaluate)) != 1:
         raise SpecError("give exactly one of mse, bits and evaluate: it decides how coarse the weights become")
+    numbers = {"mse": mse, "bits": bits, "within": within, "evaluations": evaluations}
+    for name, value in numbers.items():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+            raise SpecError(f"{name} is a number, not {value!r:.80}")
+    if evaluate is not None and not callable(evaluate):
+        raise SpecError(f"evaluate is a function of a state dict, not {evaluate!r:.80}")
     for name, value in (("mse", mse), ("bits", bits)):
         if value is not None and not (math.isfinite(value) and value > 0):
             raise SpecError(f"{name} must be above 0 and finite, not {value}")

@@ -276,3 +276,10 @@ def test_nan_and_infinity_are_told_beside_the_number() -> None:
     assert description.nonfinite == {"w": 2, "c": 1}
     assert description.to_dict()["nonfinite"] == 3
     assert "3 weights are NaN or infinite" in description.care[0]
+
+
+@pytest.mark.parametrize("choice", ["include", "exclude", "count", "skip"])
+@pytest.mark.parametrize("wrong", [3, [3], [None]])
+def test_choices_are_texts(choice: str, wrong: object) -> None:
+    with pytest.raises(WeightsError, match="are texts"):
+        kc.open_weights({"w": torch.ones(2, 2)}, **{choice: wrong})  # type: ignore[arg-type]
