@@ -114,7 +114,8 @@ def values_of(tensor: torch.Tensor) -> NDArray[np.floating[Any]]:
 
 def squared_error(one: torch.Tensor, other: torch.Tensor) -> float:
     """Return the sum of squared differences between two tensors' values, in double precision."""
-    difference = values_of(one).astype(np.float64)
+    # In one order, whatever that of the memory is: sums in another differ in their last bits.
+    difference = values_of(one).astype(np.float64, order="C")
     difference -= values_of(other)
     return float(np.square(difference, out=difference).sum())
 

@@ -54,8 +54,13 @@ def _run(command: Callable[[], None], tell_error: Callable[[Exception], int]) ->
         finally:
             sys.stdout.flush()
     except SystemExit as end:
-        # Typer and Rich end so where nobody reads what is written, and for no other reason.
-        return _PIPE_CLOSED if end.code == 1 else int(end.code or 0)
+        # Typer and Rich end so where nobody reads what is written.
+        if end.code == 1 and isinstance(end.__context__, OSError):
+            return _PIPE_CLOSED
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+            return 2
+        return end.code or 0
     except BrokenPipeError:
         return _PIPE_CLOSED
     except KeyboardInterrupt:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import gc
 import hashlib
 import logging
+import pickle
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar, cast
@@ -65,10 +66,12 @@ def called(function: Callable[Parameters, Result]) -> Callable[Parameters, Resul
 def _compiled(function: Callable[Parameters, Result], **options: bool) -> Callable[Parameters, Result]:
     dispatcher = _njit(**_PROMISES, **options)(function)
     others = (_sources.get(value) for value in function.__globals__.values() if isinstance(value, Dispatcher))
-    _sources[dispatcher] = frozenset({function.__code__.co_filename}).union(*filter(None, others))
+    _sources[dispatcher] = frozenset({__file__, function.__code__.co_filename}).union(*filter(None, others))
     cache = dispatcher._cache
     # By itself, the cache is as old as the function's own file, whatever has changed in those it calls.
     stamp = [numba.__version__, *map(_digest, sorted(_sources[dispatcher]))]
+    # Numbers of other files are frozen into it.
+    stamp += [f"{name}={value!r}" for name, value in sorted(function.__globals__.items()) if _is_constant(value)]
     cache._cache_file = _FileASignature(cache._cache_path, cache._impl.filename_base, stamp)
     load = cache.load_overload
 
@@ -105,17 +108,18 @@ class _FileASignature(_CacheFile):  # type: ignore[misc]
         self._older = re.compile(rf"{re.escape(base)}\.[0-9a-f]+\.[0-9a-f]+\.nbc")
 
     def save(self, key: Any, data: Any) -> None:
-        """Keep what was compiled for a signature; what was made from other sources goes."""
-        self._save_data(self._name(key), data)
-        for file in Path(self._cache_path).iterdir():
-            if self._older.fullmatch(file.name) and not file.name.startswith(self._prefix):
-                file.unlink(missing_ok=True)
+        """Keep what was compiled for a signature, where there is room; what was made from other sources goes."""
+        with suppress(OSError):
+            self._save_data(self._name(key), data)
+            for file in Path(self._cache_path).iterdir():
+                if self._older.fullmatch(file.name) and not file.name.startswith(self._prefix):
+                    file.unlink(missing_ok=True)
 
     def load(self, key: Any) -> Any:
-        """Return what was compiled for a signature; None where there is nothing yet."""
+        """Return what was compiled for a signature; None where there is nothing yet, or half of it."""
         try:
             return self._load_data(self._name(key))
-        except OSError:
+        except (OSError, EOFError, pickle.UnpicklingError):
             return None
 
     def _name(self, key: Any) -> str:
@@ -136,6 +140,10 @@ def _garbage_left() -> Iterator[None]:
     finally:
         if collecting:
             gc.enable()
+
+
+def _is_constant(value: object) -> bool:
+    return isinstance(value, (bool, int, float, tuple)) and "object at" not in repr(value)
 
 
 @lru_cache

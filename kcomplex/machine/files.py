@@ -145,14 +145,16 @@ def replacing(path: object, *sources: object, failures: tuple[type[Exception], .
                 made.append(folder)
         with beside(target) as temporary:
             yield temporary
+            _sync(temporary, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
             mode = _permissions(target)
             if mode is not None:
                 temporary.chmod(mode)
-            _sync(temporary, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
             temporary.replace(output_path(target, *sources))
         if os.name == "posix":
             for folder in {target.parent, *(folder.parent for folder in made)}:
-                _sync(folder, os.O_RDONLY)
+                # The file is written; some file systems can't promise its name.
+                with suppress(OSError):
+                    _sync(folder, os.O_RDONLY)
     except BaseException as error:
         for folder in reversed(made):
             with suppress(OSError):

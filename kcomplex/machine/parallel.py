@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import copy_context
+from functools import partial
 from typing import TypeVar
 
 from kcomplex.errors import SpecError
@@ -51,7 +52,7 @@ def _threaded(function: Callable[[Item], Result], items: Iterable[Item], threads
     try:
         for item in items:
             # As the caller would: NumPy's handling of overflow, for one, belongs to a context.
-            waiting.append(pool.submit(copy_context().run, function, item))
+            waiting.append(_submitted(pool, partial(copy_context().run, function, item)))
             if len(waiting) >= most:
                 yield waiting.popleft().result()
         while waiting:
@@ -59,3 +60,16 @@ def _threaded(function: Callable[[Item], Result], items: Iterable[Item], threads
         finished = True
     finally:
         pool.shutdown(wait=finished, cancel_futures=True)
+
+
+def _submitted(pool: ThreadPoolExecutor, call: Callable[[], Result]) -> Future[Result]:
+    try:
+        return pool.submit(call)
+    except RuntimeError:
+        # While the interpreter ends, no thread starts any more.
+        done: Future[Result] = Future()
+        try:
+            done.set_result(call())
+        except Exception as error:
+            done.set_exception(error)
+        return done

@@ -118,7 +118,7 @@ def _role(handle: TensorHandle, norms: Collection[str]) -> str:
             return "constant"
         # GPT-2 calls the mask of its attention a bias, others a mask: one square, alone or for all sequences and heads.
         square = dimensions >= 2 and shape[-2] == shape[-1] > 1 and set(shape[:-2]) <= {1}
-        if _MASK.fullmatch(leaf) or (square and (leaf == "mask" or (leaf == "bias" and dimensions == 4))):
+        if _MASK.fullmatch(leaf) or (square and ((leaf == "mask" and path) or (leaf == "bias" and dimensions == 4))):
             return "mask"
     in_norm = ".".join(path) in norms or (path and vector and _NORM.fullmatch(path[-1]))
     if (in_norm and leaf in ("weight", "bias", "scale")) or (vector and leaf in ("gamma", "beta")):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from typing import Any
 
@@ -42,6 +43,20 @@ TAKEN = (*SNAPSHOT_COLUMNS, *DESCRIPTION_COLUMNS, *STATE_COLUMNS)
 def storable(text: str) -> str:
     """Return a text as a run store can hold it: bytes that some file names have instead of letters are written out."""
     return text.encode(errors="backslashreplace").decode()
+
+
+def whole(step: object) -> int:
+    """Return a number of steps as Python's own: a run store takes no other integers.
+
+    Raises
+    ------
+    RunError
+        It is no whole number.
+    """
+    try:
+        return operator.index(step)  # type: ignore[arg-type]
+    except TypeError:
+        raise RunError(f"steps are counted in whole numbers, not {step!r:.80}") from None
 
 
 def checked_metrics(metrics: Mapping[str, Any]) -> dict[str, float]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -57,7 +58,11 @@ def snapshot_path(run: Path, file: str) -> Path:
         It isn't a plain file in the run's folder of snapshots.
     """
     path = run / file
-    if not _SNAPSHOT.fullmatch(file) or path.is_symlink() or (path.exists() and not path.is_file()):
+    plain = _SNAPSHOT.fullmatch(file) is not None
+    # Another process may delete it at any moment.
+    with suppress(FileNotFoundError):
+        plain = plain and stat.S_ISREG(path.lstat().st_mode)
+    if not plain:
         raise RunError(f"{run}: the run store names {file[:80]!r}, which is no snapshot of the run")
     return path
 

@@ -327,18 +327,23 @@ class RunStore(Closing):
             yield
 
     def _add_description(self, snapshot: int, item: Description) -> None:
-        headline = (item.estimator, item.kind, item.unit, item.value, item.weights, item.raw_bits, item.lossless)
-        rest = (item.distortion, item.seconds, item.version, json.dumps(dict(item.parts)))
+        # NumPy's numbers would be stored as bytes.
+        lossless = None if item.lossless is None else bool(item.lossless)
+        distortion = None if item.distortion is None else float(item.distortion)
+        measured = (float(item.value), int(item.weights), int(item.raw_bits))
+        headline = (item.estimator, item.kind, item.unit, *measured, lossless)
+        rest = (distortion, float(item.seconds), item.version, json.dumps(dict(item.parts), default=float))
         counted = (len(item.tensors), item.coverage.of_tensors, item.coverage.share)
         given = (None, None) if item.given is None else (item.given.matched, item.given.tensors)
         row = (snapshot, *headline, *rest, *counted, sum(item.nonfinite.values()), item.selection, *given)
         cursor = self._connection.execute(f"INSERT INTO descriptions VALUES (NULL{', ?' * len(row)})", row)
         for tensor in item.tensors:
-            shape, parts = json.dumps(tensor.shape), json.dumps(dict(tensor.parts))
-            size = (tensor.weights, tensor.raw_bits, tensor.value)
+            shape, parts = json.dumps(tensor.shape, default=int), json.dumps(dict(tensor.parts), default=float)
+            size = (int(tensor.weights), int(tensor.raw_bits), float(tensor.value))
+            told = (float(tensor.squared_error), bool(tensor.exact))
             self._connection.execute(
                 "INSERT INTO tensors VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                (cursor.lastrowid, tensor.name, shape, tensor.dtype, *size, tensor.squared_error, tensor.exact, parts),
+                (cursor.lastrowid, tensor.name, shape, tensor.dtype, *size, *told, parts),
             )
 
 

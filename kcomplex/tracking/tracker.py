@@ -20,7 +20,7 @@ from torch import nn
 from kcomplex.errors import RunError, SpecError
 from kcomplex.estimators.estimator import Estimator
 from kcomplex.estimators.given import INITIAL, STAGE
-from kcomplex.tracking.columns import checked_metrics
+from kcomplex.tracking.columns import checked_metrics, whole
 from kcomplex.tracking.database import reading
 from kcomplex.tracking.differences import differences
 from kcomplex.tracking.folder import DATABASE, lock_run
@@ -102,7 +102,7 @@ class Tracker:
             The tracker is closed, or the count goes backwards.
         """
         self._check_open()
-        reached = self.steps + 1 if count is None else count
+        reached = self.steps + 1 if count is None else whole(count)
         if reached < self.steps:
             raise RunError(f"{self.run}: the steps go backwards, from {self.steps} to {reached}")
         self.steps = reached
@@ -236,12 +236,13 @@ class Tracker:
     def _close(self, status: Status, timeout: float | None) -> None:
         if self._closed:
             return
-        self._closed = True
-        atexit.unregister(self._leave)
         for hook in self._hooks:
             hook.remove()
+        # Whoever is interrupted here may close again.
         self._capture_due()
         self._writer.finish(status)
+        self._closed = True
+        atexit.unregister(self._leave)
         self._lock.release()
         failures = wait_for_worker(self._writer.process, self.run, timeout) + self._writer.failures
         try:
@@ -348,7 +349,7 @@ def attach(
         if resume and (folder / DATABASE).exists():
             at = _resume(folder, specs, config, plan, step)
         else:
-            at = 0 if step is None else step
+            at = 0 if step is None else whole(step)
             specs = estimator_specs(DEFAULT_ESTIMATORS) if specs is None else specs
             RunStore.create(folder, specs, plan.to_dict(), config or {}, torch.initial_seed()).close()
         tracker = Tracker(model, folder, plan, at, lock)
@@ -376,6 +377,6 @@ def _resume(
             told = differences(info.config, here)
             raise RunError(f"{run}: the run has another configuration ({told}); start a run of another name")
         newest = store.newest()
-        at = step if step is not None else 0 if newest is None else newest[1]
+        at = whole(step) if step is not None else 0 if newest is None else newest[1]
         store.resume(at, plan.to_dict(), torch.initial_seed())
     return at

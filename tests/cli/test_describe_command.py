@@ -19,6 +19,7 @@ import torch
 
 import kcomplex
 from kcomplex.cli.main import main
+from kcomplex.errors import VerificationError
 from tests.children import run as run_child
 
 Run = Callable[..., CompletedProcess[str]]
@@ -160,6 +161,7 @@ def test_hostile_files_are_refused_one_by_one(tmp_path: Path, hostile: ModuleTyp
     script = """
 import contextlib, io, json, sys
 from kcomplex.cli.main import main
+from kcomplex.errors import VerificationError
 answers = {}
 for path in json.load(sys.stdin):
     sys.argv = ["kcomplex", "describe", path, "-e", "zstd"]
@@ -256,3 +258,16 @@ def test_a_recipe_is_found_in_the_working_directory(tmp_path: Path, run: Run) ->
     answer = run("describe", "net.pt", "-e", "zstd", "--given", recipe, cwd=tmp_path)
     assert answer.returncode == 0, answer.stderr
     assert "given: 2 of 2 tensors" in answer.stderr
+
+
+def test_a_check_that_fails_has_an_exit_code_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    torch.save({"w": torch.ones(3)}, tmp_path / "w.pt")
+    monkeypatch.setattr("kcomplex.measuring.stream.prove", _fails)
+    monkeypatch.setattr("sys.argv", ["kcomplex", "describe", str(tmp_path / "w.pt"), "-e", "zstd", "--verify"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 1
+
+
+def _fails(*_: object, **__: object) -> None:
+    raise VerificationError("what comes back isn't what was described")

@@ -21,6 +21,7 @@ from kcomplex.weights import (
     DTYPES,
     TensorHandle,
     Weights,
+    squared_error,
     tensor_from_words,
     values_of,
     word_dtype,
@@ -398,3 +399,9 @@ def test_two_buffers_under_one_parametrisation_stay_two() -> None:
         "one": [-1.0] * 3,
         "two": [-2.0] * 3,
     }
+
+
+def test_a_squared_error_does_not_depend_on_the_layout_in_memory() -> None:
+    torch.manual_seed(0)
+    one, other = torch.randn(301, 200).t(), torch.randn(301, 200).t()
+    assert squared_error(one, other) == squared_error(one.contiguous(), other.contiguous())

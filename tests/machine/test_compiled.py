@@ -2,6 +2,7 @@
 
 import importlib
 import logging
+import pathlib
 import sys
 
 import numpy as np
@@ -84,3 +85,11 @@ def test_a_record_holds_numbers_and_arrays():
     assert np.array_equal(record.table, [[0, 1, 2], [3, 4, 5]])
     record.table[1, 2] = 9
     assert record.table[1].tolist() == [3, 4, 9]
+
+
+def test_what_is_kept_in_half_is_compiled_anew(total):
+    total(10)
+    cache = importlib.import_module("caller_file").whole._cache._cache_file
+    for file in pathlib.Path(cache._cache_path).glob(f"{cache._prefix}*"):
+        file.write_bytes(b"")
+    assert total(10) == (46, False)

@@ -422,3 +422,24 @@ def test_a_run_remembers_how_it_was_made(track):
     assert row["settings"]["every"] == [3, 9]
     tracker.close()
     assert load_configurations(tracker.run)["status"].tolist() == ["finished"]
+
+
+def test_steps_may_be_numbers_of_numpy(tmp_path):
+    tracker = attach(
+        torch.nn.Linear(3, 2), run=tmp_path / "run", every=1, estimators="zstd", measure=False, step=np.int64(2)
+    )
+    tracker.step(np.int64(5))
+    with pytest.raises(RunError, match="whole numbers"):
+        tracker.step(5.5)
+    tracker.close()
+    assert load_snapshots(tmp_path / "run")["step"].tolist()[-1] == 5
+
+
+def test_whoever_is_interrupted_closing_a_tracker_may_close_again(tmp_path, monkeypatch):
+    tracker = attach(torch.nn.Linear(3, 2), run=tmp_path / "run", every=1, estimators="zstd", measure=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(tracker._writer, "finish", lambda status: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            tracker.close()
+    tracker.close()
+    attach(torch.nn.Linear(3, 2), run=tmp_path / "run", estimators="zstd", resume=True, every=1, measure=False).close()
