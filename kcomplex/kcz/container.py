@@ -37,6 +37,7 @@ from kcomplex.estimators.estimator import Estimator
 from kcomplex.estimators.given import GivenSource, given_path
 from kcomplex.estimators.pieces import Piece, handles_of, joined, piece_limit
 from kcomplex.estimators.pipeline import build_decoder, build_encoder
+from kcomplex.estimators.quantised import QuantisedCode
 from kcomplex.estimators.relative import GivenCode
 from kcomplex.estimators.structure import TensorEntry, claimed_bytes
 from kcomplex.kcz.index import HEAD, Notes, PieceStream, digest_of, encode_index, read_index
@@ -190,10 +191,10 @@ class Container(Closing):
         require_claim(claimed, os.fstat(self._file.fileno()).st_size, limit)
         self._shared = self._section(*index.shared, "the shared side information")
         most = piece_limit(self._code.divides(self._shared))
-        if most and any(item.piece.stop - item.piece.start > most for item in index.streams):
-            raise StreamError(
-                f"a piece of more than {most} weights: the file is corrupted, or older than quantised pieces"
-            )
+        # A quantiser may have looked at tensors whole.
+        whole = not index.limit and isinstance(self._code, QuantisedCode)
+        if most and not whole and any(item.piece.stop - item.piece.start > most for item in index.streams):
+            raise StreamError(f"a piece of more than {most} weights: the file is corrupted")
 
     def pieces(self, jobs: int = 1) -> Iterator[tuple[TensorEntry, Piece, torch.Tensor]]:
         """Yield every tensor piece by piece, no more of them in memory than are being decoded.
