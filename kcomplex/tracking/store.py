@@ -13,6 +13,8 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
+import numpy as np
+
 from kcomplex.errors import KComplexError, RunError
 from kcomplex.machine.closing import Closing
 from kcomplex.tracking.columns import storable
@@ -327,24 +329,26 @@ class RunStore(Closing):
             yield
 
     def _add_description(self, snapshot: int, item: Description) -> None:
-        # NumPy's numbers would be stored as bytes.
-        lossless = None if item.lossless is None else bool(item.lossless)
-        distortion = None if item.distortion is None else float(item.distortion)
-        measured = (float(item.value), int(item.weights), int(item.raw_bits))
-        headline = (item.estimator, item.kind, item.unit, *measured, lossless)
-        rest = (distortion, float(item.seconds), item.version, json.dumps(dict(item.parts), default=float))
+        headline = (item.estimator, item.kind, item.unit, item.value, item.weights, item.raw_bits, item.lossless)
+        rest = (item.distortion, item.seconds, item.version, json.dumps(dict(item.parts), default=_plain))
         counted = (len(item.tensors), item.coverage.of_tensors, item.coverage.share)
         given = (None, None) if item.given is None else (item.given.matched, item.given.tensors)
-        row = (snapshot, *headline, *rest, *counted, sum(item.nonfinite.values()), item.selection, *given)
+        told = (*headline, *rest, *counted, sum(item.nonfinite.values()), item.selection, *given)
+        row = (snapshot, *map(_plain, told))
         cursor = self._connection.execute(f"INSERT INTO descriptions VALUES (NULL{', ?' * len(row)})", row)
         for tensor in item.tensors:
-            shape, parts = json.dumps(tensor.shape, default=int), json.dumps(dict(tensor.parts), default=float)
-            size = (int(tensor.weights), int(tensor.raw_bits), float(tensor.value))
-            told = (float(tensor.squared_error), bool(tensor.exact))
+            shape, parts = json.dumps(tensor.shape, default=_plain), json.dumps(dict(tensor.parts), default=_plain)
+            size = (tensor.weights, tensor.raw_bits, tensor.value)
+            told = (tensor.squared_error, tensor.exact)
             self._connection.execute(
                 "INSERT INTO tensors VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                (cursor.lastrowid, tensor.name, shape, tensor.dtype, *size, *told, parts),
+                (cursor.lastrowid, tensor.name, shape, tensor.dtype, *map(_plain, (*size, *told)), parts),
             )
+
+
+def _plain(value: Any) -> Any:
+    """Return NumPy's numbers as Python's: SQLite would keep them as bytes."""
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def _is_texts(value: Any) -> bool:

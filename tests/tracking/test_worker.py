@@ -8,6 +8,7 @@ import sys
 import threading
 from contextlib import ExitStack
 
+import numpy as np
 import pytest
 import torch
 
@@ -240,6 +241,23 @@ def test_a_description_that_the_store_cannot_hold_is_an_event(track, monkeypatch
     assert measure_pending(tracker.run) == 1
     assert load_snapshots(tracker.run)["state"].tolist() == ["failed"]
     assert "can't be recorded" in load_events(tracker.run)["message"].iloc[0]
+
+
+def test_a_description_may_hold_numbers_of_numpy(track, monkeypatch):
+    from kcomplex.estimators.code import CoderCode
+
+    tracker = track(estimators=["zstd"])
+    tracker.close()
+    describe = CoderCode.describe
+
+    def with_foreign_numbers(self, weights, **options):
+        description = describe(self, weights, **options)
+        object.__setattr__(description, "weights", np.int64(description.weights))
+        return description
+
+    monkeypatch.setattr(CoderCode, "describe", with_foreign_numbers)
+    assert measure_pending(tracker.run) == 1
+    assert kc.load_runs(tracker.run)["weights"].iloc[0] > 0
 
 
 def test_waiting_ends_at_the_timeout_and_leaves_the_process_alone(track, children):
