@@ -14,6 +14,8 @@ from kcomplex.errors import KComplexError, RefusedStreamError, SourceNotFoundErr
 
 # What no reader takes for a part of a checkpoint in a folder, and may be written anew beside one.
 _OWN_SUFFIX = ".kcz"
+# Of temporary files, which killed processes leave behind.
+PARTIAL_SUFFIX = ".partial"
 
 
 def path_of(path: object) -> Path:
@@ -94,7 +96,7 @@ def beside(path: Path) -> Iterator[Path]:
     It is hidden, has a name that nobody else takes and that no reader of folders looks for, and is no more readable for
     others than a file at the path is.
     """
-    other = path.with_name(f".kcomplex-{secrets.token_hex(8)}.partial")
+    other = path.with_name(f".kcomplex-{secrets.token_hex(8)}{PARTIAL_SUFFIX}")
     mode = _permissions(path)
     try:
         os.close(

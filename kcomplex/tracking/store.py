@@ -17,6 +17,7 @@ import numpy as np
 
 from kcomplex.errors import KComplexError, RunError
 from kcomplex.machine.closing import Closing
+from kcomplex.machine.files import PARTIAL_SUFFIX
 from kcomplex.tracking.columns import storable
 from kcomplex.tracking.database import check_content, create_database, open_database
 from kcomplex.tracking.folder import CLAIM_SUFFIX, DATABASE, SNAPSHOTS, check_folder, claim, snapshot_path
@@ -312,7 +313,7 @@ class RunStore(Closing):
             known = {self.run / row[0] for row in rows}
         (self.run / SNAPSHOTS).mkdir(exist_ok=True)
         for path in (self.run / SNAPSHOTS).iterdir():
-            if path not in known and path.suffix in (".safetensors", CLAIM_SUFFIX):
+            if path not in known and path.suffix in (".safetensors", CLAIM_SUFFIX, PARTIAL_SUFFIX):
                 path.unlink(missing_ok=True)
 
     def finish(self, status: Status) -> None:

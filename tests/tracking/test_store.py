@@ -214,3 +214,11 @@ def test_a_run_can_be_moved(store, tmp_path):
     shutil.move(store.run, tmp_path / "elsewhere")
     with RunStore(tmp_path / "elsewhere", read_only=True) as moved:
         assert moved.failures() == ["kept"]
+
+
+def test_what_a_killed_writer_left_goes_when_a_run_is_continued(tmp_path):
+    with RunStore.create(tmp_path / "run", ["zstd"], {"keep": "all"}, {}, seed=0) as store:
+        (tmp_path / "run" / "snapshots").mkdir(exist_ok=True)
+        (tmp_path / "run" / "snapshots" / ".kcomplex-0123456789abcdef.partial").write_bytes(b"half")
+        store.resume(0, {"keep": "all"}, 0)
+    assert not list((tmp_path / "run" / "snapshots").iterdir())
