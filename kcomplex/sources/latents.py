@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from functools import partial
 from typing import NamedTuple
 
@@ -45,15 +45,16 @@ def fold(weights: Weights) -> Folded:
     while found is None or found:
         found = {}
         for name in by_name:
-            for product, stored, compute in _products(name, by_name, chains):
-                handles = [by_name[item] for item in stored]
-                original, read = handles[0], partial(_read, compute, handles)
-                found[product] = TensorHandle(
-                    product, original.shape, original.dtype, read, trainable=original.trainable
-                )
-                keyed.append((tuple(item.name for item in handles), found[product]))
-                for item in handles:
-                    stored_as[item.name] = "mask" if item.name.endswith("_mask") else "latent", product
+            made = _product_of(name, by_name, chains)
+            if made is None:
+                continue
+            product, stored, compute = made
+            handles = [by_name[item] for item in stored]
+            original, read = handles[0], partial(_read, compute, handles)
+            found[product] = TensorHandle(product, original.shape, original.dtype, read, trainable=original.trainable)
+            keyed.append((tuple(item.name for item in handles), found[product]))
+            for item in handles:
+                stored_as[item.name] = "mask" if item.name.endswith("_mask") else "latent", product
         by_name |= found
     computed = [handle for handle in merge_shared(keyed) if handle.name not in stored_as]
     return Folded(computed, stored_as)
@@ -67,8 +68,8 @@ def _read(compute: Callable[..., torch.Tensor], handles: list[TensorHandle]) -> 
 _Product = tuple[str, tuple[str, ...], Callable[..., torch.Tensor]]
 
 
-def _products(name: str, by_name: dict[str, TensorHandle], chains: Mapping[str, int]) -> Iterator[_Product]:
-    """Yield the product that a tensor is the original of: its name, the stored names, and how it is computed."""
+def _product_of(name: str, by_name: dict[str, TensorHandle], chains: Mapping[str, int]) -> _Product | None:
+    """Return the product that a tensor is the original of: its name, the stored names, and how it is computed."""
     for pattern, product, others, compute in _FORMS:
         match = pattern.fullmatch(name)
         if match is None:
@@ -83,8 +84,8 @@ def _products(name: str, by_name: dict[str, TensorHandle], chains: Mapping[str, 
             continue
         made = compute(*(by_name[item].shape for item in names))
         if made is not None:
-            yield target, names, made
-            return
+            return target, names, made
+    return None
 
 
 def _masked(original: tuple[int, ...], mask: tuple[int, ...]) -> Callable[..., torch.Tensor] | None:

@@ -225,39 +225,38 @@ def test_an_estimator_that_isnt_installed_any_more_is_an_event(track):
     assert "gone" in load_events(tracker.run)["message"].iloc[0]
 
 
-def test_a_description_that_the_store_cannot_hold_is_an_event(track, monkeypatch):
+@pytest.fixture
+def with_foreign(track, monkeypatch):
+    """Return a run to be measured, every description of which holds a value of a foreign type."""
     from kcomplex.estimators.code import CoderCode
 
-    tracker = track(estimators=["zstd"])
-    tracker.close()
-    describe = CoderCode.describe
+    def closed_run(field, convert):
+        tracker = track(estimators=["zstd"])
+        tracker.close()
+        describe = CoderCode.describe
 
-    def with_a_foreign_type(self, weights, **options):
-        description = describe(self, weights, **options)
-        object.__setattr__(description, "seconds", torch.zeros(1))
-        return description
+        def described(self, weights, **options):
+            description = describe(self, weights, **options)
+            object.__setattr__(description, field, convert(getattr(description, field)))
+            return description
 
-    monkeypatch.setattr(CoderCode, "describe", with_a_foreign_type)
-    assert measure_pending(tracker.run) == 1
-    assert load_snapshots(tracker.run)["state"].tolist() == ["failed"]
-    assert "can't be recorded" in load_events(tracker.run)["message"].iloc[0]
+        monkeypatch.setattr(CoderCode, "describe", described)
+        return tracker.run
+
+    return closed_run
 
 
-def test_a_description_may_hold_numbers_of_numpy(track, monkeypatch):
-    from kcomplex.estimators.code import CoderCode
+def test_a_description_that_the_store_cannot_hold_is_an_event(with_foreign):
+    run = with_foreign("seconds", lambda _: torch.zeros(1))
+    assert measure_pending(run) == 1
+    assert load_snapshots(run)["state"].tolist() == ["failed"]
+    assert "can't be recorded" in load_events(run)["message"].iloc[0]
 
-    tracker = track(estimators=["zstd"])
-    tracker.close()
-    describe = CoderCode.describe
 
-    def with_foreign_numbers(self, weights, **options):
-        description = describe(self, weights, **options)
-        object.__setattr__(description, "weights", np.int64(description.weights))
-        return description
-
-    monkeypatch.setattr(CoderCode, "describe", with_foreign_numbers)
-    assert measure_pending(tracker.run) == 1
-    assert kc.load_runs(tracker.run)["weights"].iloc[0] > 0
+def test_a_description_may_hold_numbers_of_numpy(with_foreign):
+    run = with_foreign("weights", np.int64)
+    assert measure_pending(run) == 1
+    assert kc.load_runs(run)["weights"].iloc[0] > 0
 
 
 def test_waiting_ends_at_the_timeout_and_leaves_the_process_alone(track, children):
